@@ -1,0 +1,134 @@
+"""Argument checks of the public ops: shapes and types at trace time, values where concrete."""
+
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jax_vq.ops.numerics import acc_dtype
+
+FLOATS = ("float64", "float32", "bfloat16", "float16")
+
+
+def as_array(name: str, x: Any, ndim: int) -> Array:
+    """`x` as a jax array of `ndim` axes; nothing is cast."""
+    if not isinstance(x, jax.Array | np.ndarray):
+        raise TypeError(f"{name} must be an array, found {type(x).__name__}")
+    array = jnp.asarray(x)
+    if array.dtype != x.dtype:
+        raise TypeError(
+            f"{name} is {x.dtype} and would become {array.dtype}: enable jax_enable_x64 or cast it"
+        )
+    if array.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} axes, found shape {array.shape}")
+    return array
+
+
+def as_floats(name: str, x: Any, ndim: int) -> Array:
+    """A floating-point array without an empty axis."""
+    array = as_array(name, x, ndim)
+    if array.dtype.name not in FLOATS:
+        raise TypeError(f"{name} must be one of {', '.join(FLOATS)}, found {array.dtype}")
+    if 0 in array.shape:
+        raise ValueError(f"{name} must not be empty, found shape {array.shape}")
+    return array
+
+
+def as_integers(name: str, x: Any, ndim: int) -> Array:
+    """An integer array."""
+    array = as_array(name, x, ndim)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integers, found {array.dtype}")
+    return array
+
+
+def check_qkv(q: Any, k: Any, v: Any, is_causal: bool) -> tuple[Array, Array, Array]:
+    """`q [B, T, H, D]`, `k [B, S, H, D]`, `v [B, S, H, V]` of one dtype; T = S when causal."""
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be True or False, found {type(is_causal).__name__}")
+    q, k, v = as_floats("q", q, 4), as_floats("k", k, 4), as_floats("v", v, 4)
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have the dtype of q, found q {q.dtype} and {name} {x.dtype}")
+    if (q.shape[0], q.shape[2], q.shape[3]) != (k.shape[0], k.shape[2], k.shape[3]):
+        raise ValueError(f"k must match q in batch, heads and width, found q {q.shape} and k {k.shape}")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"v must match k in batch, length and heads, found k {k.shape} and v {v.shape}")
+    if is_causal and q.shape[1] != k.shape[1]:
+        raise ValueError(f"k must be as long as q when is_causal, found q {q.shape} and k {k.shape}")
+    return q, k, v
+
+
+def check_mask(mask: Any, x: Array, name: str) -> Array | None:
+    """`mask [B, S]`, boolean, for `x [B, S, ...]`."""
+    if mask is None:
+        return None
+    mask = as_array("mask", mask, 2)
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"mask must be boolean (True = a real key), found {mask.dtype}")
+    if mask.shape != x.shape[:2]:
+        raise ValueError(f"mask must be [B, S] of {name}, found mask {mask.shape} and {name} {x.shape}")
+    return mask
+
+
+def check_codebook(name: str, codebook: Any, x: Array, x_name: str) -> Array:
+    """`codebook [H, C, D]` for `x [B, T, H, D]`, in the dtype of x or its accumulators, finite."""
+    codebook = as_floats(name, codebook, 3)
+    if codebook.dtype not in (x.dtype, acc_dtype(x.dtype)):
+        raise TypeError(
+            f"{name} must have the dtype of {x_name} or float32, found {codebook.dtype} for {x.dtype}"
+        )
+    if (codebook.shape[0], codebook.shape[2]) != x.shape[2:]:
+        raise ValueError(
+            f"{name} must be [H, C, D] of {x_name} [B, T, H, D], found {name} {codebook.shape} "
+            f"and {x_name} {x.shape}"
+        )
+    if is_concrete(codebook) and not np.isfinite(np.asarray(codebook)).all():
+        raise ValueError(f"{name} {codebook.shape} holds NaN or inf")
+    return codebook
+
+
+def check_range(name: str, ids: Array, size: int) -> None:
+    """Concrete `ids` lie in [0, size)."""
+    if is_concrete(ids) and ids.size:
+        low, high = int(np.min(ids)), int(np.max(ids))
+        if low < 0 or high >= size:
+            raise ValueError(f"{name} {ids.shape} must lie in [0, {size}), found {low} ... {high}")
+
+
+def check_at_least(name: str, value: Any, low: int) -> int:
+    """A Python int of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an int >= {low}, found {value!r} ({type(value).__name__})")
+    if value < low:
+        raise ValueError(f"{name} must be an int >= {low}, found {value}")
+    return int(value)
+
+
+def check_between(name: str, value: Any, low: float, high: float = math.inf) -> float:
+    """A Python number in `[low, high]`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, found {value!r} ({type(value).__name__})")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in [{low}, {high}], found {value}")
+    return float(value)
+
+
+def check_scale(scale: Any, width: int) -> float:
+    """The factor on scores; `width ** -0.5` when None."""
+    if scale is None:
+        return float(width**-0.5)
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise TypeError(f"scale must be a Python number or None, found {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, found {scale}")
+    return float(scale)
+
+
+def is_concrete(x: Array) -> bool:
+    """Whether the values of x can be looked at: not under a transformation."""
+    return not isinstance(x, jax.core.Tracer)

@@ -1,0 +1,99 @@
+"""Accumulator types, chunking and containment of non-finite values."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+Carry = TypeVar("Carry")
+
+CHUNK_BYTES = 16 * 2**20  # of temporaries on a CPU: more falls out of its caches
+GPU_FACTOR = 16  # a GPU needs more work at once
+
+
+def acc_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Type of scores, statistics and accumulators: float64 for float64, else float32."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def precision_for(dtype: jnp.dtype) -> lax.Precision:
+    """Highest for float32 and float64 (no TF32); half types multiply exactly anyway."""
+    return lax.Precision.HIGHEST if dtype in (jnp.float32, jnp.float64) else lax.Precision.DEFAULT
+
+
+def einsum(spec: str, x: Array, y: Array) -> Array:
+    """`jnp.einsum` of two arrays of one type, accumulated and returned in `acc_dtype`."""
+    acc = acc_dtype(x.dtype)
+    return jnp.einsum(spec, x, y, precision=precision_for(x.dtype), preferred_element_type=acc)
+
+
+def is_code(codes: Array, n_code: int) -> Array:
+    """One-hot codes as booleans: `[...]` to `[..., C]`, all False for a code out of range."""
+    return codes[..., None] == lax.broadcasted_iota(codes.dtype, (*codes.shape, n_code), codes.ndim)
+
+
+def chunk_len(like: Array, length: int, bytes_per_token: int, multiple: int = 1) -> int:
+    """Tokens to work on at once: about `CHUNK_BYTES`, a multiple of `multiple`, at most all.
+
+    A GPU, which jax compiles for when there is one, gets `GPU_FACTOR` times as much.
+    """
+    budget = CHUNK_BYTES if jax.default_backend() == "cpu" else CHUNK_BYTES * GPU_FACTOR
+    chunk = max(budget // max(bytes_per_token, 1) // multiple, 1) * multiple
+    return min(chunk, -(-length // multiple) * multiple)
+
+
+def scan_chunks(
+    step: Callable[[Carry, Array | int, int], Carry], carry: Carry, length: int, chunk: int
+) -> Carry:
+    """Fold `step(carry, start, size)` over the chunks of `[0, length)`; only the last is shorter."""
+    n_full, rest = divmod(length, chunk)
+    if n_full == 1:
+        carry = step(carry, 0, chunk)
+    elif n_full > 1:
+        starts = jnp.arange(n_full, dtype=jnp.int32) * chunk
+        carry, _ = lax.scan(lambda c, start: (step(c, start, chunk), None), carry, starts)
+    if rest:
+        carry = step(carry, n_full * chunk, rest)
+    return carry
+
+
+def read_chunk(x: Array, start: Array | int, size: int) -> Array:
+    """`x[:, start : start + size]`.
+
+    The barrier ties x to the loop: XLA on a CPU casts half types to slice them, and would else
+    move the cast of all of x in front of the loop.
+    """
+    x, start = lax.optimization_barrier((x, start))
+    return lax.dynamic_slice_in_dim(x, start, size, axis=1)
+
+
+def write_chunk(x: Array, chunk: Array, start: Array | int) -> Array:
+    """`x` with `chunk` at `x[:, start:]`, in place under jit."""
+    return lax.dynamic_update_slice_in_dim(x, chunk, start, axis=1)
+
+
+def is_finite_row(x: Array) -> Array:
+    """Whether a whole vector is finite: `[..., D]` to `[...]`."""
+    return jnp.all(jnp.isfinite(x), axis=-1)
+
+
+def poison_values(k: Array, v: Array) -> Array:
+    """`v [..., V]` with NaN for every key of `k [..., D]` that is not finite.
+
+    A code hides a NaN or inf of its key; its values carry it to the rows that attend to it.
+    """
+    return jnp.where(is_finite_row(k)[..., None], v, jnp.nan)
+
+
+def contain_nonfinite(v: Array, axis: int) -> tuple[Array, Array]:
+    """Prepare values for a causal product over `axis`: zero times NaN is NaN, and would leak.
+
+    Returns:
+      v with 0 for every NaN or inf, and the first index along `axis` (kept, with size 1) of
+      one: the product is NaN for the rows from there on.
+    """
+    bad = ~jnp.isfinite(v)
+    first = jnp.where(jnp.any(bad, axis, keepdims=True), jnp.argmax(bad, axis, keepdims=True), v.shape[axis])
+    return jnp.where(bad, 0, v), first

@@ -1,0 +1,1 @@
+"""Every test: both backends against the oracle and against each other."""

@@ -1,0 +1,292 @@
+"""Attention over codes: oracle, twin, gradients, and what must hold whatever the values."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import jax_vq
+import torch_ref
+from jax_vq.ops.vq_attention import super_block_len
+from parity_tests.support import (
+    DTYPES,
+    assert_close,
+    forward_and_gradients_jax,
+    forward_and_gradients_torch,
+    to_jax,
+    to_numpy,
+    to_torch,
+)
+from vq_common import oracle
+from vq_common.cases import Case, Inputs, case_inputs, cases
+from vq_common.tolerances import relative_rms
+
+BACKENDS = ("jax", "torch")
+
+
+def run(backend: str, inputs: Inputs, dtype: str, **options: Any) -> np.ndarray:
+    """`vq_attention` of one backend on NumPy inputs."""
+    package, convert = {"jax": (jax_vq, to_jax), "torch": (torch_ref, to_torch)}[backend]
+    arrays = [convert(x, dtype) for x in inputs[:5]]
+    return to_numpy(package.vq_attention(*arrays, mask=convert(inputs.mask), **options))
+
+
+def _names(case: Case) -> str:
+    return case.name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", cases("ci"), ids=_names)
+def test_matches_oracle_and_twin(case: Case, dtype: str, torch_device: Any) -> None:
+    inputs = case_inputs(case, dtype)
+    q, k, v, codebook_q, codebook_k, mask, d_out = inputs
+    arguments = codebook_q, codebook_k
+    expected = oracle.vq_attention(q, k, v, *arguments, is_causal=case.is_causal, mask=mask)
+
+    def op(package: Any, convert: Any) -> Any:
+        books = tuple(convert(x, dtype) for x in arguments)
+        options = {"is_causal": case.is_causal, "mask": convert(mask), "block_len": case.block_len}
+        return lambda *qkv: package.vq_attention(*qkv, *books, **options)
+
+    def on_device(x: Any, kind: str | None = None) -> Any:
+        return to_torch(x, kind, torch_device)
+
+    ops = op(jax_vq, to_jax), op(torch_ref, on_device)
+    qkv = [tuple(convert(x, dtype) for x in (q, k, v)) for convert in (to_jax, on_device)]
+    if "gradient" not in case.tags:
+        outs = [f(*x) for f, x in zip(ops, qkv, strict=True)]
+        for out in outs:
+            assert_close(out, expected, dtype)
+        assert_close(*outs, dtype, limits=2)
+        return
+
+    reference = oracle.vq_attention_gradients(q, k, v, *arguments, d_out, is_causal=case.is_causal, mask=mask)
+    results = (
+        forward_and_gradients_jax(ops[0], qkv[0], to_jax(d_out, dtype)),
+        forward_and_gradients_torch(ops[1], qkv[1], on_device(d_out, dtype)),
+    )
+    for out, gradients in results:
+        assert_close(out, expected, dtype)
+        for gradient, name in zip(gradients, reference._fields, strict=True):
+            target = getattr(reference, name)
+            # With one visible key the softmax is constant: q and k have no gradient.
+            if np.abs(target).max() > 1e-9:
+                assert_close(gradient, target, dtype, "gradient")
+            else:
+                assert np.abs(to_numpy(gradient)).max() < (1e-9 if dtype == "float64" else 1e-2)
+    assert_close(results[0][0], results[1][0], dtype, limits=2)
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 1000, 1021])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_block_len_changes_nothing(backend: str, length: int) -> None:
+    case = Case(name=f"blocks_{length}", batch=1, q_len=length, n_head=2, is_causal=True)
+    inputs = case_inputs(case, "float32")
+    expected = oracle.vq_attention(*inputs[:5], is_causal=True)
+    for block_len in (1, 7, 64, length, length + 5):
+        out = run(backend, inputs, "float32", is_causal=True, block_len=block_len)
+        assert_close(out, expected, "float32")
+
+
+@pytest.mark.parametrize("keys_only", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_chunks_equal_one(backend: str, keys_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The carried state and the shorter last chunk, at a size where one step would do."""
+    case = Case(name="chunks", q_len=97, is_padded=True, is_causal=True, keys_only=keys_only)
+    inputs = case_inputs(case)
+    jax.clear_caches()
+    for module in ("jax_vq", "torch_ref"):
+        monkeypatch.setattr(f"{module}.ops.numerics.CHUNK_BYTES", 2**15)
+    for is_causal in (False, True):
+        out = run(backend, inputs, "float64", is_causal=is_causal, block_len=8)
+        expected = oracle.vq_attention(*inputs[:5], is_causal=is_causal, mask=inputs.mask)
+        assert_close(out, expected, "float64")
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("keys_only", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_future_changes_nothing(backend: str, keys_only: bool) -> None:
+    """Any change at t, of any size, leaves every earlier output exactly as it was."""
+    case = Case(name="causality", q_len=45, batch=1, keys_only=keys_only)
+    inputs = case_inputs(case, "float32")
+    before = run(backend, inputs, "float32", is_causal=True, block_len=16)
+    for t in (1, 15, 16, 17, 44):
+        for value in (3.0, 1e4, np.inf, np.nan):
+            changed = inputs._replace(q=inputs.q.copy(), k=inputs.k.copy(), v=inputs.v.copy())
+            for x in (changed.q, changed.k, changed.v):
+                x[:, t:] = value
+            after = run(backend, changed, "float32", is_causal=True, block_len=16)
+            np.testing.assert_array_equal(after[:, :t], before[:, :t])
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nonfinite_inputs_reach_the_rows_that_attend_to_them(backend: str, is_causal: bool) -> None:
+    case = Case(name="nonfinite", q_len=37, batch=2)
+    inputs = case_inputs(case, "float32")
+    clean = run(backend, inputs, "float32", is_causal=is_causal, block_len=8)
+    t, head = 13, 1
+    for name, value in (("q", np.nan), ("k", np.inf), ("v", np.nan), ("v", -np.inf)):
+        x = getattr(inputs, name).copy()
+        x[1, t, head, 2] = value
+        out = run(backend, inputs._replace(**{name: x}), "float32", is_causal=is_causal, block_len=8)
+        rows = np.zeros(out.shape, bool)
+        attending = slice(t, t + 1) if name == "q" else slice(t if is_causal else 0, None)
+        rows[1, attending, head, 2 if name == "v" else slice(None)] = True
+        assert np.isnan(out[rows]).all()
+        np.testing.assert_array_equal(out[~rows], clean[~rows])
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padded_keys_change_nothing(backend: str, is_causal: bool) -> None:
+    case = Case(name="padding", q_len=41, batch=3, is_padded=True)
+    inputs = case_inputs(case, "float32")
+    assert inputs.mask is not None
+    assert not inputs.mask[1].any()
+    clean = run(backend, inputs, "float32", is_causal=is_causal)
+    k, v = inputs.k.copy(), inputs.v.copy()
+    k[~inputs.mask], v[~inputs.mask] = np.nan, np.inf
+    np.testing.assert_array_equal(
+        run(backend, inputs._replace(k=k, v=v), "float32", is_causal=is_causal), clean
+    )
+    assert np.all(clean[1] == 0)
+    if is_causal:
+        assert np.all(clean[0, : inputs.mask[0].argmax()] == 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_may_come_in_any_order(backend: str) -> None:
+    case = Case(name="permutation", q_len=19, k_len=53, batch=1)
+    inputs = case_inputs(case)
+    order = np.random.default_rng(0).permutation(53)
+    permuted = inputs._replace(k=inputs.k[:, order], v=inputs.v[:, order])
+    assert_close(run(backend, permuted, "float64"), run(backend, inputs, "float64"), "float64")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_huge_scores(backend: str, is_causal: bool, dtype: str) -> None:
+    """Scores of +-1e4, and codes of huge score that come up first at the very end."""
+    rng = np.random.default_rng(0)
+    length = 40
+    codebook = np.array([[[-100.0, 0.0], [100.0, 0.0], [0.0, 1.0]]])
+    picked = np.r_[rng.integers(0, 2, length - 1) * 2, 1]
+    q = codebook[0, rng.integers(0, 3, length)][None, :, None]
+    k = codebook[0, picked][None, :, None]
+    inputs = Inputs(q, k, rng.normal(size=(1, length, 1, 3)), codebook, codebook, None, np.zeros(1))
+    score = np.einsum("bthd,bshd->bhts", q, k)
+    assert score.max() == 1e4
+    assert score.min() == -1e4
+    out = run(backend, inputs, dtype, is_causal=is_causal, scale=1.0, block_len=16)
+    assert_close(out, oracle.vq_attention(*inputs[:5], is_causal=is_causal, scale=1.0), dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_keys_on_one_code(backend: str) -> None:
+    """Equal keys weigh equally: outputs are running means."""
+    case = Case(name="one_key_code", q_len=50, batch=1)
+    inputs = case_inputs(case)
+    inputs = inputs._replace(k=np.broadcast_to(inputs.codebook_k[:, 3], inputs.k.shape).copy())
+    out = run(backend, inputs, "float64", is_causal=True, block_len=8)
+    mean = np.cumsum(inputs.v, axis=1) / np.arange(1, 51)[None, :, None, None]
+    assert_close(out, mean, "float64")
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_million_equal_tokens_in_bfloat16(backend: str, is_causal: bool) -> None:
+    """Sums would reach 1e6 x 0.33: means neither overflow nor lose precision."""
+    length = 1_000_000
+    value = 0.333984375
+    dtype = "bfloat16"
+    package, convert = {"jax": (jax_vq, to_jax), "torch": (torch_ref, to_torch)}[backend]
+    x, v = np.ones((1, length, 1, 4), np.float32), np.full((1, length, 1, 3), value, np.float32)
+    codebook = convert(np.array([[[1.0] * 4, [-1.0] * 4]]), dtype)
+    out = package.vq_attention(
+        *(convert(a, dtype) for a in (x, x, v)), codebook, codebook, is_causal=is_causal
+    )
+    assert_close(out, np.full(v.shape, value), dtype)
+    assert abs(to_numpy(out) / value - 1).max() < 2**-7
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_sums_over_a_long_sequence(backend: str) -> None:
+    """Means over 200,000 varied tokens stay within float32 rounding of the exact ones."""
+    rng = np.random.default_rng(0)
+    length = 200_000
+    v = (rng.normal(size=(1, length, 1, 2)) + 10).astype(np.float32)
+    codebook = np.ones((1, 1, 2))
+    inputs = Inputs(np.ones((1, length, 1, 2)), np.ones((1, length, 1, 2)), v, codebook, codebook, None, v)
+    for is_causal in (False, True):
+        out = run(backend, inputs, "float32", is_causal=is_causal)
+        mean = np.cumsum(v.astype(np.float64), axis=1) / np.arange(1, length + 1)[None, :, None, None]
+        expected = mean if is_causal else np.broadcast_to(mean[:, -1:], v.shape)
+        assert relative_rms(out, expected) <= 3e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_codes_are_not_trained(backend: str) -> None:
+    """Codebooks are moving averages: their gradient is zero or absent."""
+    inputs = case_inputs(Case(name="codebooks", q_len=9))
+    if backend == "torch":
+        arrays = [to_torch(x).requires_grad_() for x in inputs[:5]]
+        torch_ref.vq_attention(*arrays).sum().backward()
+        assert arrays[3].grad is None
+        assert arrays[4].grad is None
+        assert arrays[2].grad is not None
+        return
+    arrays = [to_jax(x) for x in inputs[:5]]
+    gradients = jax.grad(lambda *a: jnp.sum(jax_vq.vq_attention(*a)), argnums=(2, 3, 4))(*arrays)
+    assert float(jnp.abs(gradients[0]).max()) > 0
+    assert all(float(jnp.abs(g).max()) == 0 for g in gradients[1:])
+
+
+def test_jax_transformations() -> None:
+    """jit, vmap and grad of vmap give what the plain calls give."""
+    inputs = case_inputs(Case(name="transformed", q_len=21, batch=3, is_causal=True))
+    q, k, v, *books = (to_jax(x) for x in inputs[:5])
+
+    def op(q: Any, k: Any, v: Any) -> Any:
+        return jax_vq.vq_attention(q, k, v, *books, is_causal=True, block_len=8)
+
+    def one(q: Any, k: Any, v: Any) -> Any:
+        return op(q[None], k[None], v[None])[0]
+
+    plain = op(q, k, v)
+    assert_close(jax.jit(op)(q, k, v), plain, "float64")
+    assert_close(jax.vmap(one)(q, k, v), plain, "float64")
+    gradient = jax.grad(lambda *a: jnp.sum(jnp.sin(op(*a))), (0, 1, 2))
+    mapped = jax.grad(lambda *a: jnp.sum(jnp.sin(jax.vmap(one)(*a))), (0, 1, 2))
+    for a, b in zip(jax.jit(mapped)(q, k, v), jax.jit(gradient)(q, k, v), strict=True):
+        assert_close(a, b, "float64", "gradient")
+
+
+def test_one_scan_over_super_blocks() -> None:
+    """The causal form is one scan, whose number of steps follows from the shapes."""
+    length, n_head, width, n_code, block_len = 2**15, 4, 64, 128, 128
+    x = jax.ShapeDtypeStruct((1, length, n_head, width), jnp.float32)
+    book = jax.ShapeDtypeStruct((n_head, n_code, width), jnp.float32)
+    traced = jax.make_jaxpr(lambda *a: jax_vq.vq_attention(*a, is_causal=True, block_len=block_len))
+    text = str(traced(x, x, x, book, book))
+    step = super_block_len(x, x, n_code, block_len)
+    assert step % block_len == 0
+    assert block_len < step < length
+    assert text.count(" scan[") == 1
+    assert f"length={length // step}" in text
+
+
+def test_torch_backward_of_a_view_and_inference_mode() -> None:
+    """Inputs that are transposed views, and no_grad, give the same output."""
+    inputs = case_inputs(Case(name="views", q_len=15, is_causal=True))
+    arrays = [to_torch(x) for x in inputs[:5]]
+    views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in arrays[:3]]
+    plain = torch_ref.vq_attention(*arrays, is_causal=True)
+    with torch.inference_mode():
+        again = torch_ref.vq_attention(*views, *arrays[3:], is_causal=True)
+    assert torch.equal(plain, again)

@@ -1,0 +1,308 @@
+"""Vector quantization: nearest codes, straight-through gradients, codebook learning (`math.md` 1)."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_ref.ops.checks import (
+    as_floats,
+    as_integers,
+    check_at_least,
+    check_between,
+    check_codebook,
+    check_mask,
+    check_range,
+    shape,
+)
+from torch_ref.ops.numerics import acc_dtype, chunk_len, einsum, is_code, read_chunk, scan_chunks, write_chunk
+
+
+def nearest_codes(x: Any, codebook: Any) -> Tensor:
+    """Index of the nearest code, `argmin_c |x - codebook[c]|^2`, ties to the lowest index.
+
+    Computed as `argmax_c (x . codebook[c] - |codebook[c]|^2 / 2)` in float32 (float64 for
+    float64) at highest matmul precision, in chunks of time: no `T x C` array is kept.
+
+    Args:
+      x: vectors `[B, T, H, D]`.
+      codebook: `[H, C, D]`, of the dtype of x or float32.
+
+    Returns:
+      int32 codes `[B, T, H]`.
+
+    Raises:
+      ValueError, TypeError: shapes or dtypes that do not fit, a codebook with NaN or inf.
+    """
+    x = as_floats("x", x, 4)
+    codebook = check_codebook("codebook", codebook, x, "x")
+    return _nearest_codes(x.detach(), codebook.detach())
+
+
+def _nearest_codes(x: Tensor, codebook: Tensor) -> Tensor:
+    batch, length, n_head, width = x.shape
+    chunk = chunk_len(x, length, 4 * batch * n_head * (codebook.shape[1] + width))
+
+    def step(codes: Tensor, start: int, size: int) -> Tensor:
+        return write_chunk(codes, assign(read_chunk(x, start, size), codebook), start)
+
+    return scan_chunks(step, x.new_zeros((batch, length, n_head), dtype=torch.int32), length, chunk)
+
+
+def assign(x: Tensor, codebook: Tensor) -> Tensor:
+    """`nearest_codes` of one chunk, unchecked: `[B, T, H, D]` to int32 `[B, T, H]`."""
+    acc = acc_dtype(x.dtype)
+    x, codebook = x.to(acc), codebook.to(acc)
+    score = einsum("bthd,hcd->bthc", x, codebook)
+    score = score - (codebook**2).sum(-1)[None, None] / 2
+    return score.contiguous().argmax(-1).to(torch.int32)
+
+
+def take_codes(codebook: Any, codes: Any) -> Tensor:
+    """`codebook[h, codes[b, t, h]]`.
+
+    Args:
+      codebook: `[H, C, D]`.
+      codes: integers `[B, T, H]` in [0, C).
+
+    Returns:
+      `[B, T, H, D]` in the dtype of the codebook.
+
+    Raises:
+      ValueError, TypeError: shapes or dtypes that do not fit, a code out of range.
+    """
+    codebook, codes = as_floats("codebook", codebook, 3), as_integers("codes", codes, 3)
+    n_head, n_code, _ = codebook.shape
+    if codes.shape[2] != n_head:
+        raise ValueError(
+            f"codes must be [B, T, H] of codebook [H, C, D], found codes {shape(codes)} "
+            f"and codebook {shape(codebook)}"
+        )
+    check_range("codes", codes, n_code)
+    return lookup(codebook, codes)
+
+
+def lookup(codebook: Tensor, codes: Tensor) -> Tensor:
+    """`take_codes`, unchecked, for codes known to be in range."""
+    return codebook[torch.arange(codebook.shape[0], device=codebook.device)[None, None], codes.long()]
+
+
+def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
+    """`x + stop_gradient(quantized - x)`: the value of `quantized`, the gradient of `x`.
+
+    Both `[B, T, H, D]` of one dtype.
+
+    Raises:
+      ValueError, TypeError: they differ in shape or dtype.
+    """
+    _check_pair(x, quantized)
+    return x + (quantized - x).detach()
+
+
+def commitment_loss(x: Tensor, quantized: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Mean over real vectors of `|x - stop_gradient(quantized)|^2`.
+
+    Args:
+      x, quantized: `[B, T, H, D]` of one dtype.
+      mask: `[B, T]` boolean, True = a real token.
+
+    Returns:
+      A scalar in float32 (float64 for float64); 0 when no token is real.
+
+    Raises:
+      ValueError, TypeError: shapes or dtypes that do not fit.
+    """
+    _check_pair(x, quantized)
+    mask = check_mask(mask, x, "x")
+    acc = acc_dtype(x.dtype)
+    difference = x.to(acc) - quantized.detach().to(acc)
+    if mask is None:
+        return (difference**2).sum(-1).mean()
+    real = mask[:, :, None]
+    square = (torch.where(real[..., None], difference, 0) ** 2).sum(-1)
+    return square.sum() / (mask.sum().to(acc) * x.shape[2]).clamp(min=1)
+
+
+def _check_pair(x: Tensor, quantized: Tensor) -> None:
+    x, quantized = as_floats("x", x, 4), as_floats("quantized", quantized, 4)
+    if x.shape != quantized.shape:
+        raise ValueError(f"quantized must have the shape of x, found {shape(quantized)} and {shape(x)}")
+    if x.dtype != quantized.dtype:
+        raise TypeError(f"quantized must have the dtype of x, found {quantized.dtype} and {x.dtype}")
+
+
+class CodebookState(NamedTuple):
+    """Moving averages of a codebook: `codebook = sum / max(count, EPS)`."""
+
+    count: Tensor  # type: ignore[assignment]  # [H, C] float32
+    sum: Tensor  # [H, C, D] float32
+
+
+EPS = 1e-6
+
+
+def codebook_of(state: CodebookState) -> Tensor:
+    """The codebook `[H, C, D]` of a state."""
+    return state.sum / state.count.clamp(min=EPS)[..., None]
+
+
+def code_statistics(x: Tensor, codes: Tensor, n_code: int, *, mask: Tensor | None = None) -> CodebookState:
+    """Counts and sums of the real vectors of every code, of one batch.
+
+    One-hot products in chunks of time, accumulated in float32 (float64 for float64).
+    Args as in `ema_update`.
+    """
+    batch, length, n_head, width = x.shape
+    acc = acc_dtype(x.dtype)
+    chunk = chunk_len(x, length, 4 * batch * n_head * (n_code + width))
+
+    def step(state: CodebookState, start: int, size: int) -> CodebookState:
+        chosen = is_code(read_chunk(codes, start, size), n_code)
+        vectors = read_chunk(x, start, size).to(acc)
+        if mask is not None:
+            real = read_chunk(mask, start, size)[:, :, None, None]
+            chosen, vectors = chosen & real, torch.where(real, vectors, 0)
+        total = einsum("bthc,bthd->hcd", chosen.to(acc), vectors)
+        return CodebookState(state.count + chosen.to(acc).sum((0, 1)), state.sum + total)
+
+    zero = CodebookState(
+        x.new_zeros((n_head, n_code), dtype=acc), x.new_zeros((n_head, n_code, width), dtype=acc)
+    )
+    return scan_chunks(step, zero, length, chunk)
+
+
+def ema_update(
+    state: CodebookState,
+    x: Any,
+    codes: Any,
+    draws: Any,
+    *,
+    decay: float = 0.99,
+    threshold: float = 0.1,
+    mask: Any = None,
+) -> CodebookState:
+    """One step of codebook learning by exponential moving averages, dead codes replaced.
+
+    `count <- decay * count + (1 - decay) * n`, `sum <- decay * sum + (1 - decay) * m` with the
+    counts n and sums m of this batch. A code whose count is then under `threshold` is dead:
+    it becomes a random real vector of the batch, with count 1. A batch without a real token
+    changes nothing. Source: van den Oord et al. 2017, appendix A.1; `math.md` 1.
+
+    Args:
+      state: `count [H, C]`, `sum [H, C, D]`.
+      x: vectors `[B, T, H, D]`.
+      codes: integers `[B, T, H]` in [0, C).
+      draws: uniform numbers in [0, 1), `[H, C]`: which vector replaces a dead code.
+      decay: in [0, 1].
+      threshold: count under which a code is dead; 0 turns replacement off.
+      mask: `[B, T]` boolean, True = a real token.
+
+    Returns:
+      The new state; no gradient flows through it.
+
+    Raises:
+      ValueError, TypeError: shapes or dtypes that do not fit, a code out of range.
+    """
+    x, codes, draws = as_floats("x", x, 4), as_integers("codes", codes, 3), as_floats("draws", draws, 2)
+    mask = check_mask(mask, x, "x")
+    count, total = as_floats("state.count", state.count, 2), as_floats("state.sum", state.sum, 3)
+    n_head, n_code = count.shape
+    if total.shape != (n_head, n_code, x.shape[3]) or x.shape[2] != n_head:
+        raise ValueError(f"state must be [H, C], [H, C, D] of x, found sum {shape(total)} and x {shape(x)}")
+    if codes.shape != x.shape[:3]:
+        raise ValueError(f"codes must be [B, T, H] of x, found codes {shape(codes)} and x {shape(x)}")
+    if draws.shape != count.shape:
+        raise ValueError(f"draws must be [H, C], found draws {shape(draws)} and count {shape(count)}")
+    if total.dtype != count.dtype:
+        raise TypeError(
+            f"state.sum must have the dtype of state.count, found {total.dtype} and {count.dtype}"
+        )
+    decay, threshold = check_between("decay", decay, 0, 1), check_between("threshold", threshold, 0)
+    check_range("codes", codes, n_code)
+    with torch.no_grad():
+        return _ema_update(state, x, codes, draws, decay, threshold, mask)
+
+
+def _ema_update(
+    state: CodebookState,
+    x: Tensor,
+    codes: Tensor,
+    draws: Tensor,
+    decay: float,
+    threshold: float,
+    mask: Tensor | None,
+) -> CodebookState:
+    acc = state.count.dtype
+    batch = code_statistics(x, codes, state.count.shape[1], mask=mask)
+    new = CodebookState(
+        *(decay * old + (1 - decay) * now.to(acc) for old, now in zip(state, batch, strict=True))
+    )
+    dead = new.count < threshold
+    drawn = draw_vectors(x, draws, mask=mask).to(acc)
+    new = CodebookState(torch.where(dead, 1, new.count), torch.where(dead[..., None], drawn, new.sum))
+    if mask is None:
+        return new
+    return CodebookState(*(torch.where(mask.any(), a, b) for a, b in zip(new, state, strict=True)))
+
+
+def draw_vectors(x: Tensor, draws: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """The real vectors at the positions `floor(draws * n_real)` of the batch, head by head.
+
+    `x [B, T, H, D]`, `draws [H, C]` in [0, 1), `mask [B, T]`; returns `[H, C, D]`.
+    """
+    batch, length, n_head, width = x.shape
+    n_token = batch * length
+    if mask is None:
+        n_real, order = torch.tensor(n_token, device=x.device), torch.arange(n_token, device=x.device)
+    else:
+        n_real = mask.sum().clamp(min=1)
+        order = torch.argsort((~mask).reshape(n_token).to(torch.int32), stable=True)
+    rank = torch.minimum((draws * n_real.to(draws.dtype)).to(torch.int32), n_real.to(torch.int32) - 1)
+    heads = torch.arange(n_head, device=x.device)[:, None]
+    return x.reshape(n_token, n_head, width)[order[rank.long()], heads]
+
+
+def kmeans(x: Any, draws: Any, *, n_iter: int = 10, mask: Any = None) -> CodebookState:
+    """A codebook fitted to the real vectors of a batch by Lloyd's algorithm, head by head.
+
+    Args:
+      x: vectors `[B, T, H, D]`.
+      draws: uniform numbers in [0, 1), `[H, C]`: which vectors the codes start from.
+      n_iter: Lloyd iterations; 0 keeps the drawn vectors.
+      mask: `[B, T]` boolean, True = a real token.
+
+    Returns:
+      The state whose codebook has the cluster means. A code that ends without a vector keeps
+      its place, with count 1.
+
+    Raises:
+      ValueError, TypeError: shapes or dtypes that do not fit.
+    """
+    x, draws = as_floats("x", x, 4), as_floats("draws", draws, 2)
+    n_iter = check_at_least("n_iter", n_iter, 0)
+    mask = check_mask(mask, x, "x")
+    if draws.shape[0] != x.shape[2]:
+        raise ValueError(
+            f"draws must be [H, C] of x [B, T, H, D], found draws {shape(draws)} and x {shape(x)}"
+        )
+    with torch.no_grad():
+        return _kmeans(x, draws, n_iter, mask)
+
+
+def _kmeans(x: Tensor, draws: Tensor, n_iter: int, mask: Tensor | None) -> CodebookState:
+    acc = acc_dtype(x.dtype)
+    if mask is not None:
+        x = torch.where(mask[:, :, None, None], x, 0)
+    start = draw_vectors(x, draws, mask=mask).to(acc)
+
+    def iterate(state: CodebookState) -> CodebookState:
+        codebook = codebook_of(state)
+        found = code_statistics(x, _nearest_codes(x, codebook), draws.shape[1], mask=mask)
+        empty = found.count == 0
+        count = torch.where(empty, 1, found.count)
+        return CodebookState(count, torch.where(empty[..., None], codebook, found.sum))
+
+    state = CodebookState(torch.ones_like(draws, dtype=acc), start)
+    for _ in range(n_iter):
+        state = iterate(state)
+    return state
