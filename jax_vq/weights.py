@@ -69,7 +69,7 @@ def _entries(module: nnx.Module) -> dict[str, _Entry]:
         owner, leaf = _at(module, path[:-1]), path[-1]
         is_weight = leaf == _weight_name(owner)
         name = ".".join(map(str, (*path[:-1], "weight" if is_weight else leaf)))
-        entries[name] = _Entry(_at(module, path), is_weight and leaf == _WEIGHTS[nnx.Linear])
+        entries[name] = _Entry(_at(module, path), is_weight and leaf == "kernel")
     return entries
 
 

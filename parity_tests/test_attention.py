@@ -200,3 +200,14 @@ def test_framework_kernel_is_used_without_lse(monkeypatch: pytest.MonkeyPatch) -
     x = torch.ones(1, 4, 2, 8)
     torch_ref.dot_product_attention(x, x, x)
     assert called == [(1, 2, 4, 8)]
+
+
+def test_float16() -> None:
+    """Taken on every platform, also where the framework's kernel does not."""
+    case = Case(name="float16", q_len=33, is_causal=True)
+    inputs = case_inputs(case, "float16")
+    arrays = inputs.q, inputs.k, inputs.v
+    expected = oracle.dot_product_attention(*arrays, is_causal=True).out
+    for package, convert in ((jax_vq, to_jax), (torch_ref, to_torch)):
+        out = package.dot_product_attention(*(convert(x, "float16") for x in arrays), is_causal=True)
+        assert_close(out, expected, "bfloat16")

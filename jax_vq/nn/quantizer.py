@@ -61,6 +61,8 @@ class LearnableVQ(nnx.Module):
     """
 
     def __init__(self, config: TransformerConfig, *, n_code: int | None = None, rngs: nnx.Rngs):
+        if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
+            raise ValueError("config: dtype float64 needs jax_enable_x64, which is off")
         self.config = config
         self.use_running_average = False
         self.rngs = rngs["codebook"].fork()

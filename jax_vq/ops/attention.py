@@ -24,8 +24,9 @@ def dot_product_attention(
     """Exact softmax attention, `softmax(scale * q k^T + mask) v`.
 
     Without `return_lse` this is the framework's own kernel (`exact_implementation` names it).
-    With it, or in float64, which that kernel computes in float32, it is a plain softmax over
-    chunks of queries: linear memory, differentiable in both results.
+    With it, in float64, which that kernel computes in float32, and in float16 on a CPU, which it
+    does not take, it is a plain softmax over chunks of queries: linear memory, differentiable in
+    both results.
 
     Args:
       q: `[B, T, H, D]`.
@@ -45,21 +46,24 @@ def dot_product_attention(
     q, k, v = check_qkv(q, k, v, is_causal)
     mask = check_mask(mask, k, "k")
     scale = check_scale(scale, q.shape[-1])
-    if return_lse or q.dtype == jnp.float64:
+    if return_lse or exact_implementation(q, v) == "plain":
         out, lse = _plain_attention(q, k, v, mask, is_causal, scale)
         return (out, lse) if return_lse else out
     return _framework_attention(q, k, v, mask, is_causal, scale)
 
 
 def exact_implementation(q: Array, v: Array) -> str:
-    """The kernel `dot_product_attention` runs for these shapes: 'cudnn' or 'xla'.
+    """What `dot_product_attention` runs for these shapes: 'cudnn', 'xla' or 'plain', our own.
 
     cuDNN takes half types on a GPU, widths up to 128 that are multiples of 8.
     """
+    on_gpu = jax.default_backend() == "gpu"
+    if q.dtype == jnp.float64 or (q.dtype == jnp.float16 and not on_gpu):
+        return "plain"
     width = max(q.shape[-1], v.shape[-1])
     is_half = q.dtype in (jnp.bfloat16, jnp.float16)
     fits = width % 8 == 0 and width <= 128
-    return "cudnn" if jax.default_backend() == "gpu" and is_half and fits else "xla"
+    return "cudnn" if on_gpu and is_half and fits else "xla"
 
 
 @partial(jax.jit, static_argnums=(4, 5))

@@ -95,7 +95,8 @@ def check_codebook(name: str, codebook: Any, x: Array, x_name: str) -> Array:
 def check_range(name: str, ids: Array, size: int) -> None:
     """Concrete `ids` lie in [0, size)."""
     if is_concrete(ids) and ids.size:
-        low, high = int(np.min(ids)), int(np.max(ids))
+        values = np.asarray(ids)  # not jnp: under jit that would be traced
+        low, high = int(values.min()), int(values.max())
         if low < 0 or high >= size:
             raise ValueError(f"{name} {ids.shape} must lie in [0, {size}), found {low} ... {high}")
 
@@ -113,7 +114,7 @@ def check_between(name: str, value: Any, low: float, high: float = math.inf) -> 
     """A Python number in `[low, high]`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, found {value!r} ({type(value).__name__})")
-    if not low <= value <= high:
+    if not low <= float(value) <= high:
         raise ValueError(f"{name} must lie in [{low}, {high}], found {value}")
     return float(value)
 

@@ -188,7 +188,8 @@ def ema_update(
     `count <- decay * count + (1 - decay) * n`, `sum <- decay * sum + (1 - decay) * m` with the
     counts n and sums m of this batch. A code whose count is then under `threshold` is dead:
     it becomes a random real vector of the batch, with count 1. A batch without a real token
-    changes nothing. Source: van den Oord et al. 2017, appendix A.1; `math.md` 1.
+    changes nothing, nor does a vector with NaN or inf. Source: van den Oord et al. 2017,
+    appendix A.1; `math.md` 1.
 
     Args:
       state: `count [H, C]`, `sum [H, C, D]`.
@@ -236,14 +237,19 @@ def _ema_update(
 ) -> CodebookState:
     acc = state.count.dtype
     decay = jnp.asarray(decay, acc)
+    mask = usable_tokens(x, mask)
     batch = code_statistics(x, codes, state.count.shape[1], mask=mask)
     new = jax.tree.map(lambda old, now: decay * old + (1 - decay) * now.astype(acc), state, batch)
     dead = new.count < jnp.asarray(threshold, acc)
     drawn = draw_vectors(x, draws, mask=mask).astype(acc)
     new = CodebookState(jnp.where(dead, 1, new.count), jnp.where(dead[..., None], drawn, new.sum))
-    if mask is None:
-        return new
     return jax.tree.map(partial(jnp.where, jnp.any(mask)), new, state)
+
+
+def usable_tokens(x: Array, mask: Array | None) -> Array:
+    """Real tokens whose vectors are finite, `[B, T]`: one NaN would spoil every code of its head."""
+    finite = jnp.all(jnp.isfinite(x), axis=(2, 3))
+    return finite if mask is None else finite & mask
 
 
 def draw_vectors(x: Array, draws: Array, *, mask: Array | None = None) -> Array:
@@ -256,7 +262,7 @@ def draw_vectors(x: Array, draws: Array, *, mask: Array | None = None) -> Array:
     if mask is None:
         n_real, order = jnp.asarray(n_token), jnp.arange(n_token)
     else:
-        n_real = jnp.maximum(jnp.sum(mask), 1)
+        n_real = jnp.maximum(jnp.sum(mask, dtype=jnp.int32), 1)
         order = jnp.argsort(~mask.reshape(n_token), stable=True)
     rank = jnp.minimum((draws * jnp.asarray(n_real, draws.dtype)).astype(jnp.int32), n_real - 1)
     return x.reshape(n_token, n_head, width)[order[rank], jnp.arange(n_head)[:, None]]
@@ -289,8 +295,8 @@ def kmeans(x: Any, draws: Any, *, n_iter: int = 10, mask: Any = None) -> Codeboo
 @partial(jax.jit, static_argnums=2)
 def _kmeans(x: Array, draws: Array, n_iter: int, mask: Array | None) -> CodebookState:
     acc = acc_dtype(x.dtype)
-    if mask is not None:
-        x = jnp.where(mask[:, :, None, None], x, 0)
+    mask = usable_tokens(x, mask)
+    x = jnp.where(mask[:, :, None, None], x, 0)
     start = draw_vectors(x, draws, mask=mask).astype(acc)
 
     def iterate(state: CodebookState, _: None) -> tuple[CodebookState, None]:

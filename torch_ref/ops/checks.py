@@ -117,7 +117,7 @@ def check_between(name: str, value: Any, low: float, high: float = math.inf) -> 
     """A Python number in `[low, high]`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, found {value!r} ({type(value).__name__})")
-    if not low <= value <= high:
+    if not low <= float(value) <= high:
         raise ValueError(f"{name} must lie in [{low}, {high}], found {value}")
     return float(value)
 

@@ -186,7 +186,8 @@ def ema_update(
     `count <- decay * count + (1 - decay) * n`, `sum <- decay * sum + (1 - decay) * m` with the
     counts n and sums m of this batch. A code whose count is then under `threshold` is dead:
     it becomes a random real vector of the batch, with count 1. A batch without a real token
-    changes nothing. Source: van den Oord et al. 2017, appendix A.1; `math.md` 1.
+    changes nothing, nor does a vector with NaN or inf. Source: van den Oord et al. 2017,
+    appendix A.1; `math.md` 1.
 
     Args:
       state: `count [H, C]`, `sum [H, C, D]`.
@@ -233,6 +234,7 @@ def _ema_update(
     mask: Tensor | None,
 ) -> CodebookState:
     acc = state.count.dtype
+    mask = usable_tokens(x, mask)
     batch = code_statistics(x, codes, state.count.shape[1], mask=mask)
     new = CodebookState(
         *(decay * old + (1 - decay) * now.to(acc) for old, now in zip(state, batch, strict=True))
@@ -240,9 +242,13 @@ def _ema_update(
     dead = new.count < threshold
     drawn = draw_vectors(x, draws, mask=mask).to(acc)
     new = CodebookState(torch.where(dead, 1, new.count), torch.where(dead[..., None], drawn, new.sum))
-    if mask is None:
-        return new
     return CodebookState(*(torch.where(mask.any(), a, b) for a, b in zip(new, state, strict=True)))
+
+
+def usable_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Real tokens whose vectors are finite, `[B, T]`: one NaN would spoil every code of its head."""
+    finite = torch.isfinite(x).all(-1).all(-1)
+    return finite if mask is None else finite & mask
 
 
 def draw_vectors(x: Tensor, draws: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -291,8 +297,8 @@ def kmeans(x: Any, draws: Any, *, n_iter: int = 10, mask: Any = None) -> Codeboo
 
 def _kmeans(x: Tensor, draws: Tensor, n_iter: int, mask: Tensor | None) -> CodebookState:
     acc = acc_dtype(x.dtype)
-    if mask is not None:
-        x = torch.where(mask[:, :, None, None], x, 0)
+    mask = usable_tokens(x, mask)
+    x = torch.where(mask[:, :, None, None], x, 0)
     start = draw_vectors(x, draws, mask=mask).to(acc)
 
     def iterate(state: CodebookState) -> CodebookState:
