@@ -11,6 +11,7 @@ Neither framework has to be installed: what is absent is not configured.
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -93,7 +94,10 @@ def _configure_torch(device: str, *, is_worker: bool) -> None:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     if device == "cuda":
-        torch.zeros(1, device=device).add(1)  # the context, before autograd's threads ask for it
+        with warnings.catch_warnings():  # autograd's thread warns once that it makes its own context
+            warnings.simplefilter("ignore")
+            x = torch.ones((1, 1, 1), device=device, requires_grad=True)
+            torch.bmm(x, x).sum().backward()
     if device == "cpu":
         # Also fills torch.empty with NaN, so that reading uninitialised memory shows.
         torch.use_deterministic_algorithms(True)

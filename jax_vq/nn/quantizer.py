@@ -58,6 +58,9 @@ class LearnableVQ(nnx.Module):
       config: sizes (n_head, d_k), c_gamma, c_dead, codebook_init.
       n_code: number of codes C, default `config.n_code`.
       rngs: streams `params` (first codes) and `codebook` (which vectors replace dead codes).
+
+    Raises:
+      ValueError: float64 is asked for and jax_enable_x64 is off.
     """
 
     def __init__(self, config: TransformerConfig, *, n_code: int | None = None, rngs: nnx.Rngs):

@@ -47,15 +47,18 @@ def chunk_len(like: Array, length: int, bytes_per_token: int, multiple: int = 1)
 def scan_chunks(
     step: Callable[[Carry, Array | int, int], Carry], carry: Carry, length: int, chunk: int
 ) -> Carry:
-    """Fold `step(carry, start, size)` over the chunks of `[0, length)`; only the last is shorter."""
+    """Fold `step(carry, start, size)` over the chunks of `[0, length)`; only the first is shorter.
+
+    The first, not the last: XLA on a GPU copies a large carry that is written to after a loop.
+    """
     n_full, rest = divmod(length, chunk)
-    if n_full == 1:
-        carry = step(carry, 0, chunk)
-    elif n_full > 1:
-        starts = jnp.arange(n_full, dtype=jnp.int32) * chunk
-        carry, _ = lax.scan(lambda c, start: (step(c, start, chunk), None), carry, starts)
     if rest:
-        carry = step(carry, n_full * chunk, rest)
+        carry = step(carry, 0, rest)
+    if n_full == 1:
+        carry = step(carry, rest, chunk)
+    elif n_full > 1:
+        starts = rest + jnp.arange(n_full, dtype=jnp.int32) * chunk
+        carry, _ = lax.scan(lambda c, start: (step(c, start, chunk), None), carry, starts)
     return carry
 
 

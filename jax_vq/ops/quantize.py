@@ -143,6 +143,7 @@ class CodebookState(NamedTuple):
 
 
 EPS = 1e-6
+MAX_TERMS = 2**14  # of one matrix product; from 2**15 on it is wrong on some Apple GPUs
 
 
 def codebook_of(state: CodebookState) -> Array:
@@ -158,7 +159,7 @@ def code_statistics(x: Array, codes: Array, n_code: int, *, mask: Array | None =
     """
     batch, length, n_head, width = x.shape
     acc = acc_dtype(x.dtype)
-    chunk = chunk_len(x, length, 4 * batch * n_head * (n_code + width))
+    chunk = min(chunk_len(x, length, 4 * batch * n_head * (n_code + width)), MAX_TERMS)
 
     def step(state: CodebookState, start: Array | int, size: int) -> CodebookState:
         chosen = is_code(read_chunk(codes, start, size), n_code)
@@ -166,7 +167,7 @@ def code_statistics(x: Array, codes: Array, n_code: int, *, mask: Array | None =
         if mask is not None:
             real = read_chunk(mask, start, size)[:, :, None, None]
             chosen, vectors = chosen & real, jnp.where(real, vectors, 0)
-        total = einsum("bthc,bthd->hcd", chosen.astype(acc), vectors)
+        total = jnp.sum(einsum("bthc,bthd->bhcd", chosen.astype(acc), vectors), axis=0)
         return CodebookState(state.count + jnp.sum(chosen, (0, 1), dtype=acc), state.sum + total)
 
     zero = CodebookState(jnp.zeros((n_head, n_code), acc), jnp.zeros((n_head, n_code, width), acc))

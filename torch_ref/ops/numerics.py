@@ -39,9 +39,12 @@ def chunk_len(like: Tensor, length: int, bytes_per_token: int, multiple: int = 1
 
 
 def scan_chunks(step: Callable[[Carry, int, int], Carry], carry: Carry, length: int, chunk: int) -> Carry:
-    """Fold `step(carry, start, size)` over the chunks of `[0, length)`; only the last is shorter."""
-    for start in range(0, length, chunk):
-        carry = step(carry, start, min(chunk, length - start))
+    """Fold `step(carry, start, size)` over the chunks of `[0, length)`; only the first is shorter."""
+    rest = length % chunk
+    if rest:
+        carry = step(carry, 0, rest)
+    for start in range(rest, length, chunk):
+        carry = step(carry, start, chunk)
     return carry
 
 

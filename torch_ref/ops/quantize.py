@@ -139,6 +139,7 @@ class CodebookState(NamedTuple):
 
 
 EPS = 1e-6
+MAX_TERMS = 2**14  # of one matrix product; from 2**15 on it is wrong on some Apple GPUs
 
 
 def codebook_of(state: CodebookState) -> Tensor:
@@ -154,7 +155,7 @@ def code_statistics(x: Tensor, codes: Tensor, n_code: int, *, mask: Tensor | Non
     """
     batch, length, n_head, width = x.shape
     acc = acc_dtype(x.dtype)
-    chunk = chunk_len(x, length, 4 * batch * n_head * (n_code + width))
+    chunk = min(chunk_len(x, length, 4 * batch * n_head * (n_code + width)), MAX_TERMS)
 
     def step(state: CodebookState, start: int, size: int) -> CodebookState:
         chosen = is_code(read_chunk(codes, start, size), n_code)
@@ -162,7 +163,7 @@ def code_statistics(x: Tensor, codes: Tensor, n_code: int, *, mask: Tensor | Non
         if mask is not None:
             real = read_chunk(mask, start, size)[:, :, None, None]
             chosen, vectors = chosen & real, torch.where(real, vectors, 0)
-        total = einsum("bthc,bthd->hcd", chosen.to(acc), vectors)
+        total = einsum("bthc,bthd->bhcd", chosen.to(acc), vectors).sum(0)
         return CodebookState(state.count + chosen.to(acc).sum((0, 1)), state.sum + total)
 
     zero = CodebookState(

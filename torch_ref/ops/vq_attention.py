@@ -114,6 +114,7 @@ class _VQAttention(torch.autograd.Function):
         with torch.enable_grad():
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
             out = dense_vq_attention(q, k, v, codebook_q, codebook_k, mask, ctx.is_causal, ctx.scale)
+        d_outs = tuple(d_out.contiguous() for d_out in d_outs)  # a broadcast one fails on some macOS
         return *torch.autograd.grad(out, (q, k, v), d_outs), *(None,) * 6
 
 
