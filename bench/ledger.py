@@ -1,0 +1,89 @@
+"""The record file of one run: what is done already, what is added, what the report is about."""
+
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bench import host, records
+from bench.job import Job, Point
+from bench.records import Record
+
+# What a record takes from its job.
+SHAPE = frozenset(
+    ("dtype", "batch", "heads", "width", "value_width", "codes_q", "codes_k", "block_len", "mem_len", "input")
+)
+
+
+class Ledger:
+    """Writes the records of one job and suite, and finds those of an earlier run.
+
+    Args:
+      path: of the .jsonl file.
+      suite: name of the suite.
+      job: what is measured.
+      is_resume: go on with the file; otherwise it is moved aside.
+    """
+
+    def __init__(self, path: Path, suite: str, job: Job, *, is_resume: bool) -> None:
+        self.path, self.suite, self.job = path, suite, job
+        self.notes: list[str] = []
+        self._devices: dict[str, tuple[str, str]] = {}
+        self._provenance = {"commit": host.commit(), "versions": host.versions()}
+        if is_resume:
+            if records.repair(path):
+                self.notes.append(f"{path}: a torn last line was dropped")
+        elif path.exists():
+            old = path.with_name("records.old.jsonl")
+            path.replace(old)
+            self.notes.append(
+                f"a new run; {old} has the records of the one before (--resume goes on with them)"
+            )
+
+    def set_device(self, backend: str, device: str, device_name: str) -> None:
+        """Say what a backend runs on: a record of another device is another measurement."""
+        self._devices[backend] = device, device_name
+
+    def current(self) -> list[Record]:
+        """The newest record of every point of this job on these devices."""
+        return [
+            record
+            for record in records.latest(records.read(self.path))
+            if (record["suite"], record["config_hash"]) == (self.suite, self.job.digest)
+            and (record["device"], record["device_name"]) == self._devices.get(record["backend"])
+        ]
+
+    def done(self) -> dict[tuple[Any, ...], Record]:
+        """The measured points, by identity."""
+        return {records.identity(record): record for record in self.current() if record["status"] == "ok"}
+
+    def identity(self, backend: str, point: Point) -> tuple[Any, ...]:
+        """Of the record that a point would get."""
+        return records.identity(self._base(backend, point))
+
+    def add(self, backend: str, point: Point, *outcomes: Mapping[str, Any]) -> None:
+        """Append the record of a point; of `outcomes` only `KEYS` are kept, later ones win."""
+        found: Record = dict.fromkeys(records.KEYS)
+        for outcome in outcomes:
+            found |= {key: value for key, value in outcome.items() if key in records.KEYS}
+        found |= self._base(backend, point) | self._provenance
+        found["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        records.append(self.path, found)
+
+    def _base(self, backend: str, point: Point) -> Record:
+        device, device_name = self._devices[backend]
+        shape = {key: value for key, value in self.job.to_json().items() if key in SHAPE}
+        return shape | {
+            "suite": self.suite,
+            "backend": backend,
+            "device": device,
+            "device_name": device_name,
+            "direction": "fwd",
+            **point._asdict(),
+            "config_hash": self.job.digest,
+        }
+
+
+def refusals(found: Iterable[Record]) -> list[Record]:
+    """Records of mechanisms that failed verification."""
+    return [r for r in found if r["status"] == "failed" and str(r["reason"]).startswith("refused")]

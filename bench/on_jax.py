@@ -1,0 +1,114 @@
+"""The jax side of a worker: arrays, compilation, timing, and the modules that prepare inputs."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from numpy.typing import NDArray
+
+import jax_vq
+from bench import host, measure
+from bench.job import Job
+from vq_common import TransformerConfig
+
+
+def _bytes_free_on_gpu() -> int:
+    stats = jax.devices()[0].memory_stats() or {}
+    return int(stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0))
+
+
+DEVICES = {
+    "cpu": measure.Device(jax.block_until_ready, host.free_bytes, host.cpu_name),
+    "cuda": measure.Device(jax.block_until_ready, _bytes_free_on_gpu, lambda: jax.devices()[0].device_kind),
+}
+
+
+class Backend:
+    """jax on one device.
+
+    Raises:
+      ValueError: the device that is asked for is not there.
+    """
+
+    name = "jax"
+
+    def __init__(self, device: str, job: Job) -> None:
+        jax.config.update("jax_enable_x64", job.dtype == "float64")
+        if device not in ("auto", *DEVICES):
+            raise ValueError(f"jax runs on {', '.join(DEVICES)}, not on {device}")
+        if device != "auto":
+            jax.config.update("jax_platforms", device)
+        try:
+            platform = jax.default_backend()
+        except RuntimeError as error:
+            raise ValueError(f"jax {jax.__version__} sees no {device} device: {error}") from error
+        self.kind = "cuda" if platform == "gpu" else platform
+        if self.kind not in DEVICES:
+            raise ValueError(f"jax runs on {platform} here, which is none of {', '.join(DEVICES)}")
+        self.device = DEVICES[self.kind]
+        self.job = job
+        self._nearest_codes = jax.jit(jax_vq.nearest_codes)
+        self.timing = "host clock" if self.kind == "cpu" else "host clock, enqueued calls"
+
+    def array(self, x: NDArray[Any], dtype: str) -> jax.Array:
+        """A NumPy array on the device; bfloat16 comes as its bits."""
+        array = jnp.asarray(x)
+        if dtype == "bfloat16" and x.dtype == np.uint16:
+            return jax.lax.bitcast_convert_type(array, jnp.bfloat16)
+        return array.astype(dtype)
+
+    def numpy(self, x: jax.Array) -> NDArray[np.float64]:
+        """An array as float64."""
+        return np.asarray(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, np.float64)
+
+    def compile(self, fn: Callable[..., Any], arrays: tuple[jax.Array, ...]) -> measure.Program:
+        """Compile for these arrays; the peak is what the compiler reserves."""
+        start = time.perf_counter()
+        compiled = jax.jit(fn).lower(*arrays).compile()
+        seconds = time.perf_counter() - start
+        memory = compiled.memory_analysis()
+        peak = None
+        if memory is not None:
+            sizes = memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes
+            peak = int(sum(sizes) - memory.alias_size_in_bytes)
+        return measure.Program(compiled, seconds, peak)
+
+    def times(
+        self, program: measure.Program, arrays: tuple[jax.Array, ...]
+    ) -> tuple[list[float], int | None]:
+        """Milliseconds of repeated calls, and the peak of memory."""
+        job, synchronize = self.job, self.device.synchronize
+
+        def call() -> Any:
+            return program.run(*arrays)
+
+        call_s = measure.warm_up(call, synchronize, job.n_warmup)
+        n_inner = 1 if self.kind == "cpu" else measure.batch_size(call_s)
+        sizes = {"n_repeat": job.n_repeat, "max_repeat_s": job.max_repeat_s}
+        return measure.time_calls(call, synchronize, n_inner=n_inner, **sizes), program.peak_bytes
+
+    def release(self) -> None:
+        """Give cached memory back; jax keeps none that another call could not take."""
+
+    def projector(self, config: TransformerConfig) -> Callable[[NDArray[np.float32]], tuple[Any, ...]]:
+        """`x [B, T, d_model]` to q, k, v of a seeded module, NumPy to NumPy."""
+        module = jax_vq.VQAttentionQK(config, rngs=nnx.Rngs(self.job.seed))
+
+        def project(x: NDArray[np.float32]) -> tuple[Any, ...]:
+            q, k, v, _ = module.project(jnp.asarray(x))
+            return tuple(np.asarray(array) for array in (q, k, v))
+
+        return project
+
+    def fit_codebook(self, x: NDArray[np.float32], draws: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A codebook `[H, C, D]` of `x [B, T, H, D]` by k-means."""
+        state = jax_vq.kmeans(jnp.asarray(x), jnp.asarray(draws), n_iter=self.job.n_kmeans)
+        return np.asarray(jax_vq.codebook_of(state), np.float32)
+
+    def nearest_codes(self, x: jax.Array, codebook: jax.Array) -> jax.Array:
+        """The op, compiled once for every shape: for timing quantization apart."""
+        return self._nearest_codes(x, codebook)

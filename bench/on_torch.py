@@ -1,0 +1,125 @@
+"""The torch side of a worker: arrays, timing, and the modules that prepare inputs."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import torch_ref
+from bench import host, measure
+from bench.cost_torch import TrackMemory
+from bench.job import Job
+from vq_common import TransformerConfig
+
+
+def _bytes_free_on_mps() -> int:
+    return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+
+
+DEVICES = {
+    "cpu": measure.Device(lambda result: None, host.free_bytes, host.cpu_name),
+    "cuda": measure.Device(
+        lambda result: torch.cuda.synchronize(),
+        lambda: int(torch.cuda.mem_get_info()[0]),
+        lambda: torch.cuda.get_device_name(),
+    ),
+    "mps": measure.Device(lambda result: torch.mps.synchronize(), _bytes_free_on_mps, host.cpu_name),
+}
+
+
+TIMING = {"cpu": "host clock", "cuda": "device events", "mps": "host clock, enqueued calls"}
+
+
+class Backend:
+    """torch on one device.
+
+    Raises:
+      ValueError: the device that is asked for is not there.
+    """
+
+    name = "torch"
+
+    def __init__(self, device: str, job: Job) -> None:
+        there = {
+            "cuda": torch.cuda.is_available(),
+            "mps": torch.backends.mps.is_available() and job.dtype != "float64",
+            "cpu": True,
+        }
+        self.kind = next(kind for kind in there if there[kind]) if device == "auto" else device
+        if not there[self.kind]:
+            raise ValueError(f"torch {torch.__version__} sees no {device} device")
+        self.device = DEVICES[self.kind]
+        self.job = job
+        self.timing = TIMING[self.kind]
+
+    def array(self, x: NDArray[Any], dtype: str) -> Tensor:
+        """A NumPy array on the device; bfloat16 comes as its bits."""
+        if dtype == "bfloat16" and x.dtype == np.uint16:
+            return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to(self.kind)
+        return torch.from_numpy(x).to(dtype=getattr(torch, dtype), device=self.kind)
+
+    def numpy(self, x: Tensor) -> NDArray[np.float64]:
+        """A tensor as float64."""
+        return x.detach().cpu().to(torch.float64).numpy()
+
+    def compile(self, fn: Callable[..., Any], arrays: tuple[Tensor, ...]) -> measure.Program:
+        """The eager function; nothing is compiled."""
+        return measure.Program(torch.no_grad()(fn))
+
+    def times(self, program: measure.Program, arrays: tuple[Tensor, ...]) -> tuple[list[float], int | None]:
+        """Milliseconds of repeated calls, and the peak of memory.
+
+        The peak is the allocator's on CUDA; elsewhere one more warm-up call is followed storage
+        by storage, which does not see the workspace of single operations.
+        """
+        job, synchronize = self.job, self.device.synchronize
+
+        def call() -> Any:
+            return program.run(*arrays)
+
+        sizes = {"n_repeat": job.n_repeat, "max_repeat_s": job.max_repeat_s}
+        if self.kind == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            call_s = measure.warm_up(call, synchronize, max(job.n_warmup, 1))
+            peak = int(torch.cuda.max_memory_allocated())
+            event = partial(torch.cuda.Event, enable_timing=True)
+            return measure.time_events(call, event, synchronize, call_s=call_s, **sizes), peak
+        with TrackMemory() as tracker:
+            synchronize(call())
+        peak = sum(x.untyped_storage().nbytes() for x in arrays) + tracker.peak
+        call_s = measure.warm_up(call, synchronize, job.n_warmup - 1)
+        n_inner = 1 if self.kind == "cpu" else measure.batch_size(call_s)
+        return measure.time_calls(call, synchronize, n_inner=n_inner, **sizes), peak
+
+    def release(self) -> None:
+        """Give cached memory back, so that the other backend's process can have it."""
+        if self.kind == "cuda":
+            torch.cuda.empty_cache()
+        elif self.kind == "mps":
+            torch.mps.empty_cache()
+
+    def projector(self, config: TransformerConfig) -> Callable[[NDArray[np.float32]], tuple[Any, ...]]:
+        """`x [B, T, d_model]` to q, k, v of a seeded module, NumPy to NumPy."""
+        torch.manual_seed(self.job.seed)
+        module = torch_ref.VQAttentionQK(config).to(self.kind)
+
+        def project(x: NDArray[np.float32]) -> tuple[Any, ...]:
+            with torch.no_grad():
+                q, k, v, _ = module.project(torch.from_numpy(x).to(self.kind))
+            return tuple(array.cpu().numpy() for array in (q, k, v))
+
+        return project
+
+    def fit_codebook(self, x: NDArray[np.float32], draws: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A codebook `[H, C, D]` of `x [B, T, H, D]` by k-means."""
+        vectors, numbers = (torch.from_numpy(array).to(self.kind) for array in (x, draws))
+        state = torch_ref.kmeans(vectors, numbers, n_iter=self.job.n_kmeans)
+        return torch_ref.codebook_of(state).cpu().numpy()
+
+    def nearest_codes(self, x: Tensor, codebook: Tensor) -> Tensor:
+        """The op, for timing quantization apart."""
+        return torch_ref.nearest_codes(x, codebook)

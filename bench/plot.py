@@ -1,0 +1,67 @@
+"""The log-log plot of time against length."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import fit
+from bench.records import Record
+from bench.registry import MECHANISMS
+
+COLORS = {"vq_qk": "#1b6ca8", "vq_k": "#3aa17e", "hyper": "#c9802b", "exact": "#b03a48"}
+STYLES = {"jax": ("-", "o"), "torch": ("--", "s")}
+
+
+def write(path: Path, found: Sequence[Record]) -> None:
+    """One panel per form (causal or not), one line per mechanism and backend.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    measured = fit.curves(found)
+    slopes = {item[:3]: item.exponent for item in fit.fits(measured)}
+    forms = sorted({name[2] for name in measured}) or [False]
+    figure, panels = pyplot.subplots(
+        1, len(forms), figsize=(6.2 * len(forms), 5.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    for is_causal, panel in zip(forms, panels[0], strict=True):
+        for (backend, mechanism, form), curve in measured.items():
+            if form != is_causal:
+                continue
+            name = backend, mechanism, form
+            line, marker = STYLES[backend]
+            slope = f"  T^{slopes[name]:.2f}" if name in slopes else ""
+            panel.loglog(
+                list(curve),
+                list(curve.values()),
+                line,
+                marker=marker,
+                markersize=4,
+                color=COLORS[mechanism],
+                label=f"{MECHANISMS[mechanism].title}, {backend}{slope}",
+            )
+        lengths = sorted({T for name, curve in measured.items() if name[2] == is_causal for T in curve})
+        panel.set_xticks(lengths, [f"{T // 1024}k" if T % 1024 == 0 else str(T) for T in lengths])
+        panel.minorticks_off()
+        panel.set_title("causal" if is_causal else "not causal")
+        panel.set_xlabel("sequence length T, tokens")
+        panel.grid(alpha=0.3)
+        if lengths:
+            panel.legend(fontsize=7.5)
+    panels[0][0].set_ylabel("one forward call, ms")
+    figure.suptitle(_subtitle(found), fontsize=9)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _subtitle(found: Sequence[Record]) -> str:
+    if not found:
+        return "nothing was measured"
+    r = found[0]
+    devices = " / ".join(dict.fromkeys(record["device_name"] for record in found))
+    shape = f"B {r['batch']}, H {r['heads']}, D {r['width']}, V {r['value_width']}, {r['codes_k']} codes"
+    return f"{devices}; {shape}, {r['dtype']}, {r['input']} input; commit {r['commit'][:12]}"

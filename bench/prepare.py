@@ -1,0 +1,81 @@
+"""From text (or noise) to q, k, v and codebooks: what one worker does for all."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench import inputs
+from bench.inputs import CHUNK, Store
+from bench.job import Job
+from vq_common import TransformerConfig
+
+N_FIT = 8_192  # vectors that codebooks are fitted on
+
+
+def module_config(job: Job) -> TransformerConfig:
+    """The configuration of the module whose projections give q, k, v: in float32 whatever is timed."""
+    return TransformerConfig(
+        d_model=job.d_model,
+        n_head=job.heads,
+        d_k=job.width,
+        d_v=job.value_width,
+        n_code_q=job.codes_q,
+        n_code_k=job.codes_k,
+    )
+
+
+class Preparer:
+    """Fills a `Store`: codebooks and directions at once, tokens as far as they are asked for.
+
+    Args:
+      store: of a job.
+      backend: whose module and k-means are used; another one would give other vectors.
+    """
+
+    def __init__(self, store: Store, backend: Any) -> None:
+        job = store.job
+        self.store, self.job, self.backend = store, job, backend
+        self.text: NDArray[np.uint8] | None = None
+        if job.input == "real":
+            self.text = inputs.stdlib_text(job.batch * store.length)
+            self.tables = inputs.embedding_tables(job)
+            self.project = backend.projector(module_config(job))
+
+    def create(self) -> None:
+        """Make the files, fit the codebooks, draw the directions."""
+        self.store.create()
+        self.store.write("directions", inputs.directions(self.job))
+        self._fit_codebooks()
+
+    def fill(self, length: int, filled: int) -> int:
+        """Write whole chunks of tokens from `filled` until there are `length`; how many there are then."""
+        starts = self.store.length * np.arange(self.job.batch)[:, None]
+        while filled < length:
+            stop = min(filled + CHUNK, self.store.length)
+            q, k, v = self._qkv(starts + np.arange(filled, stop))
+            self.store.write_tokens(filled, q=q, k=k, v=v)
+            filled = stop
+        return filled
+
+    def _qkv(self, positions: NDArray[Any]) -> tuple[NDArray[np.float32], ...]:
+        """q, k, v `[B, N, H, .]` of positions `[B, N]` in the text."""
+        if self.text is None:
+            return inputs.random_qkv(self.job, positions)
+        x = inputs.embed(self.tables, self.text, positions)
+        qkv: tuple[NDArray[np.float32], ...] = self.project(x)
+        return qkv
+
+    def _fit_codebooks(self) -> None:
+        total = self.job.batch * self.store.length
+        if self.text is None:
+            positions = np.arange(min(self.store.length, CHUNK))
+        else:
+            positions = np.unique(np.linspace(0, total - 1, min(N_FIT, total)).astype(np.int64))
+        pieces = np.array_split(positions, -(-len(positions) // CHUNK))
+        parts = [self._qkv(piece[None])[:2] for piece in pieces]
+        for name, vectors in zip("qk", zip(*parts, strict=True), strict=True):
+            n_code = self.job.codes_q if name == "q" else self.job.codes_k
+            draws = inputs.code_draws(self.job, n_code, positions, self.text)
+            codebook = self.backend.fit_codebook(np.concatenate(vectors, axis=1), draws)
+            self.store.write(f"codebook_{name}", codebook)

@@ -1,0 +1,131 @@
+"""Results: one flat JSON object a line, appended the moment it is known.
+
+`KEYS` is the format. A line that is torn, because the run was killed while it wrote, is dropped.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+KEYS = {
+    "suite": "name of the suite: 'scaling'",
+    "backend": "'jax' or 'torch'",
+    "mechanism": "'vq_qk', 'vq_k', 'hyper' or 'exact'",
+    "implementation": "kernel that ran: 'xla', 'cudnn', 'eager', 'flash', ...; null where none did",
+    "device": "'cpu', 'cuda' or 'mps'",
+    "device_name": "model of the device",
+    "dtype": "of q, k, v and the output",
+    "is_causal": "whether a token attends only to itself and earlier ones",
+    "direction": "'fwd'",
+    "batch": "B",
+    "heads": "H",
+    "length": "T, tokens",
+    "width": "D, of a query or key of one head",
+    "value_width": "V, of a value of one head",
+    "codes_q": "codes of the query codebook",
+    "codes_k": "codes of the key codebook",
+    "block_len": "L of causal VQ-attention",
+    "mem_len": "exact tokens before the block",
+    "input": "'real' (q, k, v of a module over bytes of Python's standard library) or 'random' (Gaussian)",
+    "status": "'ok', 'skipped' (not tried: see reason) or 'failed' (tried: see reason)",
+    "reason": "why the point is not ok, else null",
+    "timing": "'host clock' (of single calls), 'host clock, enqueued calls' (many calls enqueued, waited for "
+    "once, divided) or 'device events' (on the device's own clock); null where nothing was timed",
+    "ms_median": "median milliseconds of one call, quantization included",
+    "ms_p20": "20th percentile",
+    "ms_p80": "80th percentile",
+    "n_repeat": "timed calls, or batches of enqueued calls",
+    "compile_s": "seconds to compile, before the first call; null where nothing is compiled",
+    "quantize_ms": "milliseconds to find the codes alone, a part of ms_median; null without codes",
+    "peak_bytes": "most bytes in use at once, inputs and output included: as reserved by the compiler (jax), "
+    "as seen by the allocator (torch on cuda), as the sum of live storages (torch elsewhere)",
+    "oracle_error": "relative RMS error to the float64 oracle, found before timing on the first tokens",
+    "twin_error": "relative RMS difference to the other backend's output on those tokens; null without one",
+    "verified_length": "those tokens",
+    "config_hash": "changes with any setting that can change the figures, see bench.job.Job",
+    "commit": "of this project; '+dirty' with local changes; 'unknown' outside a clone",
+    "versions": "'name=version' of Python and the packages",
+    "time": "when it was recorded, UTC",
+}
+
+IDENTITY = (
+    "suite",
+    "backend",
+    "device",
+    "device_name",
+    "mechanism",
+    "is_causal",
+    "direction",
+    "length",
+    "config_hash",
+)
+
+
+def identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What makes two records measurements of the same thing."""
+    return tuple(record[key] for key in IDENTITY)
+
+
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    """Add one record: a single write, on disk when this returns.
+
+    Raises:
+      ValueError: the keys are not `KEYS`.
+    """
+    if record.keys() != KEYS.keys():
+        raise ValueError(f"record keys differ from KEYS: {sorted(record.keys() ^ KEYS.keys())}")
+    line = json.dumps({key: record[key] for key in KEYS}) + "\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path) -> list[Record]:
+    """All records of a file, oldest first; a torn last line is left out.
+
+    Raises:
+      ValueError: another line is no record.
+    """
+    return _parse(path, path.read_bytes())[0] if path.exists() else []
+
+
+def repair(path: Path) -> bool:
+    """Cut a torn last line off, so that appending goes on; whether there was one."""
+    data = path.read_bytes() if path.exists() else b""
+    _, n_good = _parse(path, data)
+    if n_good == len(data):
+        return False
+    os.truncate(path, n_good)
+    return True
+
+
+def _parse(path: Path, data: bytes) -> tuple[list[Record], int]:
+    """The records and how many bytes hold them."""
+    records, n_good = [], 0
+    lines = data.splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        is_last = number == len(lines)
+        try:
+            record = json.loads(line)
+            is_whole = line.endswith(b"\n") and isinstance(record, dict)
+        except ValueError:
+            is_whole = False
+        if not is_whole and is_last:
+            break
+        if not is_whole:
+            raise ValueError(f"{path}, line {number}: not a record: {line[:80]!r}")
+        records.append(record)
+        n_good += len(line)
+    return records, n_good
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """The last record of every identity, in the order of first appearance."""
+    return list({identity(record): record for record in records}.values())

@@ -1,0 +1,173 @@
+"""The one table of mechanisms: which arrays each takes and how each backend calls it."""
+
+import contextlib
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+from bench.job import Job
+
+PACKAGES = {"jax": "jax_vq", "torch": "torch_ref"}
+BACKENDS = tuple(PACKAGES)
+
+Shape = tuple[int, ...]
+
+
+class Built(NamedTuple):
+    """A mechanism of one backend, ready to be called."""
+
+    fn: Callable[..., Any]  # of the arrays that `Mechanism.arrays` names, to [B, T, H, V]
+    implementation: str  # the kernel that runs: 'xla', 'cudnn', 'eager', 'flash', ...
+
+
+class Mechanism(NamedTuple):
+    """One attention mechanism.
+
+    Attributes:
+      title: as plots and tables name it.
+      arrays: the names of its arguments, see `array_shapes`.
+      quantized: those of q and k that it quantizes, with their codebooks.
+      build: `(backend, job, is_causal, arrays) -> Built`; arrays may be shapes only.
+    """
+
+    title: str
+    arrays: tuple[str, ...]
+    quantized: tuple[tuple[str, str], ...]
+    build: Callable[[str, Job, bool, tuple[Any, ...]], Built]
+
+
+def array_shapes(job: Job, length: int, n_sample_set: int) -> dict[str, tuple[Shape, str]]:
+    """Shape and dtype of every array a mechanism may take; codebooks and directions stay precise."""
+    precise = "float64" if job.dtype == "float64" else "float32"
+    tokens = job.batch, length, job.heads
+    return {
+        "q": ((*tokens, job.width), job.dtype),
+        "k": ((*tokens, job.width), job.dtype),
+        "v": ((*tokens, job.value_width), job.dtype),
+        "codebook_q": ((job.heads, job.codes_q, job.width), precise),
+        "codebook_k": ((job.heads, job.codes_k, job.width), precise),
+        "directions": ((job.heads, job.n_projection, job.width), precise),
+        "sample_ids": ((job.batch, n_sample_set, job.n_sample, job.heads), "int32"),
+    }
+
+
+def unsupported(mechanism: str, backend: str, job: Job) -> str | None:
+    """Why a backend cannot run a mechanism for this job, or None."""
+    if mechanism == "exact" and backend == "jax":
+        if job.width != job.value_width:
+            return f"jax.nn.dot_product_attention needs d_k == d_v, found {job.width} and {job.value_width}"
+        if job.dtype == "float64":
+            return "jax.nn.dot_product_attention computes float64 in float32"
+    return None
+
+
+def _ops(backend: str) -> Any:
+    return importlib.import_module(PACKAGES[backend])
+
+
+def _default_implementation(backend: str) -> str:
+    return {"jax": "xla", "torch": "eager"}[backend]
+
+
+def _build_vq_qk(backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
+    op = _ops(backend).vq_attention
+    fn = partial(op, is_causal=is_causal, scale=1.0, block_len=job.block_len)
+    return Built(fn, _default_implementation(backend))
+
+
+def _build_vq_k(backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
+    op = _ops(backend).vq_attention
+
+    def keys_only(q: Any, k: Any, v: Any, codebook_k: Any) -> Any:
+        return op(q, k, v, None, codebook_k, is_causal=is_causal, scale=1.0, block_len=job.block_len)
+
+    return Built(keys_only, _default_implementation(backend))
+
+
+def _build_hyper(backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
+    op = _ops(backend).hyper_attention
+    sizes = {"block_size": job.block_size, "min_seq_len": job.min_seq_len}
+    return Built(partial(op, is_causal=is_causal, scale=1.0, **sizes), _default_implementation(backend))
+
+
+def _build_exact(backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
+    """The framework's own kernel, called directly."""
+    return {"jax": _exact_jax, "torch": _exact_torch}[backend](job, is_causal, arrays)
+
+
+def _exact_jax(job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
+    import jax
+
+    is_half = job.dtype in ("bfloat16", "float16")
+    fits = job.width == job.value_width and job.width % 8 == 0 and job.width <= 128
+    implementation = "cudnn" if jax.default_backend() == "gpu" and is_half and fits else "xla"
+
+    def exact(q: Any, k: Any, v: Any) -> Any:
+        with jax.default_matmul_precision("default" if is_half else "highest"):
+            return jax.nn.dot_product_attention(
+                q, k, v, scale=1.0, is_causal=is_causal, implementation=implementation
+            )
+
+    return Built(exact, implementation)
+
+
+def _exact_torch(job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def exact(q: Any, k: Any, v: Any) -> Any:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=1.0)
+        return out.transpose(1, 2)
+
+    def forced(kernel: Any, *arrays: Any) -> Any:
+        with sdpa_kernel(kernel):
+            return exact(*arrays)
+
+    q, k, v = arrays
+    if q.device.type != "cuda":
+        q, k, v = (x.transpose(1, 2) for x in arrays)
+        choice = torch._fused_sdp_choice(q, k, v, is_causal=is_causal)
+        return Built(exact, _kernel_name(SDPBackend(choice)))
+    # By default torch takes flash on Hopper, where cuDNN is about twice as fast.
+    is_half = job.dtype in ("bfloat16", "float16")
+    kernels = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION) if is_half else ()
+    for kernel in (*kernels, SDPBackend.EFFICIENT_ATTENTION):
+        with contextlib.suppress(RuntimeError):
+            forced(kernel, q[:, :128], k[:, :128], v[:, :128])
+            return Built(partial(forced, kernel), _kernel_name(kernel))
+    return Built(partial(forced, SDPBackend.MATH), _kernel_name(SDPBackend.MATH))
+
+
+def _kernel_name(kernel: Any) -> str:
+    """'flash' of SDPBackend.FLASH_ATTENTION."""
+    return str(kernel.name).removesuffix("_ATTENTION").lower()
+
+
+MECHANISMS: dict[str, Mechanism] = {
+    "vq_qk": Mechanism(
+        title="VQ-attention, queries and keys",
+        arrays=("q", "k", "v", "codebook_q", "codebook_k"),
+        quantized=(("q", "codebook_q"), ("k", "codebook_k")),
+        build=_build_vq_qk,
+    ),
+    "vq_k": Mechanism(
+        title="VQ-attention, keys only",
+        arrays=("q", "k", "v", "codebook_k"),
+        quantized=(("k", "codebook_k"),),
+        build=_build_vq_k,
+    ),
+    "hyper": Mechanism(
+        title="HyperAttention",
+        arrays=("q", "k", "v", "directions", "sample_ids"),
+        quantized=(),
+        build=_build_hyper,
+    ),
+    "exact": Mechanism(title="exact attention", arrays=("q", "k", "v"), quantized=(), build=_build_exact),
+}
+
+
+def build(mechanism: str, backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
+    """The callable of a mechanism in a backend for these arrays (or their shapes)."""
+    return MECHANISMS[mechanism].build(backend, job, is_causal, arrays)

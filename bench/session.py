@@ -1,0 +1,262 @@
+"""The steps of a run: start the workers, verify, measure."""
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench import fit, host, predict, registry, verify
+from bench.inputs import Store, token_bytes
+from bench.job import Job, Point
+from bench.ledger import Ledger
+from bench.pool import Answer, Pool
+from bench.progress import Progress
+from vq_common import BenchConfig
+
+Key = tuple[str, str, bool]  # backend, mechanism, is_causal
+DISK_FRACTION = 0.9  # of the free disk that inputs may take
+
+
+class RunError(Exception):
+    """A run cannot start; the message is for the user."""
+
+
+class Options(NamedTuple):
+    """What the user asked for, checked."""
+
+    job: Job
+    bench: BenchConfig
+    backends: tuple[str, ...]
+    mechanisms: tuple[str, ...]
+    causal: tuple[bool, ...]
+    device: str
+    out: Path
+    is_resume: bool
+
+
+def plan(options: Options) -> list[tuple[str, Point]]:
+    """All points, pairs side by side.
+
+    Every second length comes first, then those between and the longest, each time with the least
+    work first: an interrupt, or the end of the time, leaves curves over a wide range.
+    """
+    lengths = sorted(set(options.bench.lengths))
+    first = lengths[:-1:2]
+    points = [
+        Point(mechanism, is_causal, length)
+        for length in lengths
+        for mechanism in options.mechanisms
+        for is_causal in options.causal
+    ]
+    points.sort(key=lambda point: (point.length not in first, predict.work(options.job, point)))
+    return [(backend, point) for point in points for backend in options.backends]
+
+
+class Session:
+    """The state of a run: `start`, `verify` and `measure`, in this order."""
+
+    def __init__(
+        self, options: Options, pool: Pool, ledger: Ledger, progress: Progress, store: Store, begin: float
+    ) -> None:
+        self.options, self.pool, self.ledger, self.progress = options, pool, ledger, progress
+        self.job, self.store, self.begin = options.job, store, begin
+        self.points = plan(options)
+        self.notes: list[str] = []
+        self._free: dict[str, int] = {}
+        self._done: dict[tuple[Any, ...], Any] = {}
+        self._verified: dict[Key, dict[str, Any]] = {}
+        self._refused: set[Key] = set()
+        self._seen: dict[Key, list[predict.Seen]] = {}
+        self._no_memory: dict[Key, int] = {}
+        self._filled = 0
+
+    # --- start -----------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the workers, find what is done, fit the codebooks.
+
+        Raises:
+          RunError: a backend has not the device, or there are no inputs.
+        """
+        self.progress.now(f"starting {' and '.join(self.options.backends)}")
+        on_cpu = []
+        for backend, hello in self.pool.start_all(self.options.backends).items():
+            if hello["status"] != "ok":
+                raise RunError(f"{backend}: {hello['reason']}")
+            self.ledger.set_device(backend, hello["device"], hello["device_name"])
+            self._free[backend] = hello["free_bytes"]
+            self.progress.line(f"{backend} on {hello['device']} ({hello['device_name']})")
+            on_cpu += [backend] if hello["device"] == "cpu" else []
+        if on_cpu and self.options.device == "auto" and host.has_nvidia_gpu():
+            self._note(
+                f"warning: this machine has an NVIDIA GPU, but {' and '.join(on_cpu)} sees none and runs on "
+                f"the CPU; with --device cuda that is an error"
+            )
+        self._done = self.ledger.done()
+        self.progress.begin(len(self.points))
+        if self._pending():
+            self._prepare()
+
+    def _pending(self) -> list[tuple[str, Point]]:
+        return [item for item in self.points if self.ledger.identity(*item) not in self._done]
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        self.progress.line(text)
+
+    def _prepare(self) -> None:
+        source = "Python's standard library" if self.job.input == "real" else "Gaussian noise"
+        self.progress.now(f"preparing inputs from {source}")
+        answer = self.pool.ask(self._preparing, {"do": "prepare"})
+        if answer["status"] != "ok":
+            raise RunError(f"inputs could not be prepared: {answer['reason']}")
+
+    @property
+    def _preparing(self) -> str:
+        """The backend whose module gives q, k and v: torch where it runs, which has nothing to compile."""
+        return self.options.backends[-1]
+
+    def _fill(self, length: int) -> str | None:
+        """Have the inputs of a length; why there are none, or None."""
+        if length <= self._filled:
+            return None
+        need = token_bytes(self.job) * (length - self._filled)
+        free = shutil.disk_usage(self.options.out).free
+        if need > DISK_FRACTION * free:
+            return f"its inputs take {need / 2**30:.1f} GiB more on disk, {free / 2**30:.1f} GiB are free"
+        self.progress.now(f"preparing {length:,} tokens")
+        message = {"do": "fill", "length": length, "filled": self._filled}
+        answer = self.pool.ask(self._preparing, message)
+        if answer["status"] != "ok":
+            return f"its inputs could not be prepared: {answer['reason']}"
+        self._filled = int(answer["filled"])
+        return None
+
+    # --- verify ----------------------------------------------------------------------------
+
+    def verify(self) -> None:
+        """Compare every mechanism that is to be timed with the oracle, and both backends with each other.
+
+        Raises:
+          RunError: there are no inputs.
+        """
+        forms = dict.fromkeys(
+            (point.mechanism, point.is_causal)
+            for backend, point in self._pending()
+            if not registry.unsupported(point.mechanism, backend, self.job)
+        )
+        if not forms:
+            return
+        length = verify.verified_length(self.job, min(self.options.bench.lengths))
+        trouble = self._fill(length)
+        if trouble:
+            raise RunError(f"nothing can be verified: {trouble}")
+        verify.write_inputs(self.store, length)
+        for mechanism, is_causal in forms:
+            self._verify_form(mechanism, is_causal, length)
+
+    def _verify_form(self, mechanism: str, is_causal: bool, length: int) -> None:
+        name = fit.curve_name(mechanism, is_causal)
+        self.progress.now(f"verifying {name}")
+        backends = [b for b in self.options.backends if not registry.unsupported(mechanism, b, self.job)]
+        message = {"do": "verify", "mechanism": mechanism, "is_causal": is_causal, "length": length}
+        expected: list[verify.Array] = []
+        answers = self.pool.ask_all(
+            backends,
+            message,
+            lambda: expected.append(verify.expected(mechanism, self.store, length, is_causal)),
+        )
+        outs = {
+            b: self.store.read(answer["out"]) for b, answer in answers.items() if answer["status"] == "ok"
+        }
+        twin_error = verify.error(*outs.values()) if len(outs) == 2 else None
+        limit = verify.limit(self.job.dtype)
+        for backend, answer in answers.items():
+            key = backend, mechanism, is_causal
+            error = verify.error(outs[backend], expected[0]) if backend in outs else None
+            found = {"oracle_error": error, "verified_length": length}
+            found["implementation"] = answer.get("implementation")
+            if error is not None and error <= limit:
+                self._verified[key] = found | {"twin_error": twin_error}
+                self._free[backend] = answer["free_bytes"]
+                seen = predict.Seen(length, answer["ms"], implementation=answer["implementation"])
+                self._seen.setdefault(key, []).append(seen)
+                continue
+            reason = f"refused: could not be verified: {answer.get('reason')}"
+            if error is not None:
+                reason = f"refused: relative RMS error {error:.1e} to the oracle, limit {limit:.0e}"
+            self._refused.add(key)
+            self._note(f"{backend} {name} {reason}")
+            first = Point(mechanism, is_causal, min(self.options.bench.lengths))
+            self.ledger.add(backend, first, found, {"status": "failed", "reason": reason})
+
+    # --- measure ---------------------------------------------------------------------------
+
+    def measure(self) -> None:
+        """Measure what is not done; say of the rest why not."""
+        for backend, point in self.points:
+            key = backend, point.mechanism, point.is_causal
+            known = self._done.get(self.ledger.identity(backend, point))
+            if known is not None:
+                self._remember(key, known)
+            if known is not None or key in self._refused:
+                self.progress.point(None)
+            else:
+                self._measure(key, backend, point)
+
+    def _measure(self, key: Key, backend: str, point: Point) -> None:
+        label = f"{backend:<5} {point.curve:<12} {point.length:>9,}"
+        reason = self._reason_to_skip(key, backend, point) or self._fill(point.length)
+        if reason:
+            answer: Answer = {"status": "skipped", "reason": reason}
+        else:
+            self.progress.now(f"{backend} {point.curve} {point.length:,}")
+            message = {"do": "measure", **point._asdict(), "max_bytes": self._max_bytes(backend)}
+            answer = self.pool.ask(backend, message)
+            self._free[backend] = answer.get("free_bytes", self._free[backend])
+        self.ledger.add(backend, point, self._verified.get(key, {}), answer)
+        if answer["status"] == "ok":
+            self._remember(key, answer | {"length": point.length})
+            self.progress.point(f"{label}  {_summary(answer)}")
+            return
+        if answer.get("is_memory"):
+            self._no_memory[key] = min(point.length, self._no_memory.get(key, point.length))
+        self.progress.point(f"{label}  {answer['status']}: {answer['reason']}")
+
+    def _reason_to_skip(self, key: Key, backend: str, point: Point) -> str | None:
+        reason = registry.unsupported(point.mechanism, backend, self.job)
+        if reason:
+            return reason
+        if point.length >= self._no_memory.get(key, point.length + 1):
+            return f"{self._no_memory[key]:,} tokens ran out of memory"
+        bench = self.options.bench
+        limits = predict.Limits(
+            max_point_s=bench.max_point_s,
+            max_run_s=bench.max_run_s,
+            max_bytes=self._max_bytes(backend),
+            elapsed_s=time.monotonic() - self.begin,
+        )
+        return predict.skip_reason(self.job, point, self._seen.get(key, []), limits)
+
+    def _max_bytes(self, backend: str) -> int:
+        return int(self.options.bench.max_memory_fraction * self._free[backend])
+
+    def _remember(self, key: Key, measured: Mapping[str, Any]) -> None:
+        seen = predict.Seen(
+            measured["length"],
+            measured["ms_median"],
+            measured["compile_s"] or 0.0,
+            measured["peak_bytes"],
+            measured["implementation"],
+        )
+        self._seen.setdefault(key, []).append(seen)
+
+
+def _summary(answer: Answer) -> str:
+    parts = [f"{answer['ms_p20']:.3g} ... {answer['ms_p80']:.3g} ms", answer["implementation"]]
+    if answer["compile_s"] is not None:
+        parts.append(f"compiled in {answer['compile_s']:.1f} s")
+    if answer["peak_bytes"] is not None:
+        parts.append(f"peak {answer['peak_bytes'] / 2**20:,.0f} MiB")
+    return f"{answer['ms_median']:>10,.2f} ms  ({', '.join(parts)})"
