@@ -9,7 +9,7 @@ import numpy as np
 
 from bench.ledger import refusals
 from bench.records import Record
-from bench.registry import BACKENDS
+from bench.registry import BACKENDS, MECHANISMS
 from bench.verify import twin_limit
 
 FIT_FROM = 4096  # shorter calls are overhead rather than work
@@ -67,13 +67,14 @@ def curve_name(mechanism: str, is_causal: bool) -> str:
 
 
 def curves(records: Iterable[Record]) -> dict[Name, dict[int, float]]:
-    """Median milliseconds by length of everything that was measured, lengths ascending."""
+    """Median milliseconds by length of everything that was measured, in the order of the registry."""
     found: dict[Name, dict[int, float]] = {}
     for record in sorted(records, key=lambda r: r["length"]):
         if record["status"] == "ok":
             name = record["backend"], record["mechanism"], record["is_causal"]
             found.setdefault(name, {})[record["length"]] = record["ms_median"]
-    return found
+    order = list(MECHANISMS)
+    return dict(sorted(found.items(), key=lambda item: (order.index(item[0][1]), item[0][2], item[0][0])))
 
 
 def exponent(lengths: Sequence[int], values: Sequence[float]) -> float:

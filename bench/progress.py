@@ -23,7 +23,7 @@ class Progress:
             else:
                 columns = progress.TextColumn("{task.description}"), progress.BarColumn()
                 counts = progress.MofNCompleteColumn(), progress.TimeElapsedColumn()
-                self._bar = progress.Progress(*columns, *counts, transient=True)
+                self._bar = progress.Progress(*columns, *counts, transient=True, refresh_per_second=2)
                 self._bar.start()
                 self._task = self._bar.add_task("starting", total=None)
         return self

@@ -127,9 +127,11 @@ def _exact_torch(job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
 
     q, k, v = arrays
     if q.device.type != "cuda":
-        q, k, v = (x.transpose(1, 2) for x in arrays)
-        choice = torch._fused_sdp_choice(q, k, v, is_causal=is_causal)
-        return Built(exact, _kernel_name(SDPBackend(choice)))
+        name = "sdpa"  # where torch does not tell what it chooses
+        with contextlib.suppress(RuntimeError):
+            q, k, v = (x.transpose(1, 2) for x in arrays)
+            name = _kernel_name(SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=is_causal)))
+        return Built(exact, name)
     # By default torch takes flash on Hopper, where cuDNN is about twice as fast.
     is_half = job.dtype in ("bfloat16", "float16")
     kernels = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION) if is_half else ()

@@ -35,30 +35,29 @@ def is_code(codes: Array, n_code: int) -> Array:
 
 
 def chunk_len(like: Array, length: int, bytes_per_token: int, multiple: int = 1) -> int:
-    """Tokens to work on at once: about `CHUNK_BYTES`, a multiple of `multiple`, at most all.
+    """Tokens to work on at once: at most about `CHUNK_BYTES`, a power of two times `multiple`.
+
+    So a length that is a power of two has no shorter chunk, which would be compiled apart.
 
     A GPU, which jax compiles for when there is one, gets `GPU_FACTOR` times as much.
     """
     budget = CHUNK_BYTES if jax.default_backend() == "cpu" else CHUNK_BYTES * GPU_FACTOR
-    chunk = max(budget // max(bytes_per_token, 1) // multiple, 1) * multiple
-    return min(chunk, -(-length // multiple) * multiple)
+    n_part = max(budget // max(bytes_per_token, 1) // multiple, 1)
+    return min(2 ** (n_part.bit_length() - 1), -(-length // multiple)) * multiple
 
 
 def scan_chunks(
     step: Callable[[Carry, Array | int, int], Carry], carry: Carry, length: int, chunk: int
 ) -> Carry:
-    """Fold `step(carry, start, size)` over the chunks of `[0, length)`; only the first is shorter.
-
-    The first, not the last: XLA on a GPU copies a large carry that is written to after a loop.
-    """
+    """Fold `step(carry, start, size)` over the chunks of `[0, length)`; only the last is shorter."""
     n_full, rest = divmod(length, chunk)
-    if rest:
-        carry = step(carry, 0, rest)
     if n_full == 1:
-        carry = step(carry, rest, chunk)
+        carry = step(carry, 0, chunk)
     elif n_full > 1:
-        starts = rest + jnp.arange(n_full, dtype=jnp.int32) * chunk
+        starts = jnp.arange(n_full, dtype=jnp.int32) * chunk
         carry, _ = lax.scan(lambda c, start: (step(c, start, chunk), None), carry, starts)
+    if rest:
+        carry = step(carry, n_full * chunk, rest)
     return carry
 
 

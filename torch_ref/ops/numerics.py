@@ -29,22 +29,21 @@ def is_code(codes: Tensor, n_code: int) -> Tensor:
 
 
 def chunk_len(like: Tensor, length: int, bytes_per_token: int, multiple: int = 1) -> int:
-    """Tokens to work on at once: about `CHUNK_BYTES`, a multiple of `multiple`, at most all.
+    """Tokens to work on at once: at most about `CHUNK_BYTES`, a power of two times `multiple`.
+
+    So a length that is a power of two has no shorter chunk, which would be compiled apart.
 
     A GPU, which `like` lies on or not, gets `GPU_FACTOR` times as much.
     """
     budget = CHUNK_BYTES if like.device.type == "cpu" else CHUNK_BYTES * GPU_FACTOR
-    chunk = max(budget // max(bytes_per_token, 1) // multiple, 1) * multiple
-    return min(chunk, -(-length // multiple) * multiple)
+    n_part = max(budget // max(bytes_per_token, 1) // multiple, 1)
+    return min(2 ** (n_part.bit_length() - 1), -(-length // multiple)) * multiple
 
 
 def scan_chunks(step: Callable[[Carry, int, int], Carry], carry: Carry, length: int, chunk: int) -> Carry:
-    """Fold `step(carry, start, size)` over the chunks of `[0, length)`; only the first is shorter."""
-    rest = length % chunk
-    if rest:
-        carry = step(carry, 0, rest)
-    for start in range(rest, length, chunk):
-        carry = step(carry, start, chunk)
+    """Fold `step(carry, start, size)` over the chunks of `[0, length)`; only the last is shorter."""
+    for start in range(0, length, chunk):
+        carry = step(carry, start, min(chunk, length - start))
     return carry
 
 
