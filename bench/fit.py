@@ -184,7 +184,7 @@ def _exponents_apart(first: Curve, second: Curve) -> float | None:
     Shorter calls are dispatch rather than work, and how long that goes on differs by backend.
     """
     lengths = sorted(length for length in first.keys() & second.keys() if length >= FIT_FROM)[-MIN_FIT:]
-    if len(lengths) < 2:
+    if len(lengths) < MIN_FIT:
         return None
     slopes = [exponent(lengths, [curve[length] for length in lengths]) for curve in (first, second)]
     return abs(slopes[0] - slopes[1])

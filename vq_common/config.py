@@ -60,7 +60,7 @@ class BenchConfig:
     n_warmup: int = integer(1, low=0)
     n_repeat: int = integer(10)
     max_repeat_s: float = number(0.5)
-    max_point_s: float = number(6.0)
+    max_point_s: float = number(8.0)
     max_run_s: float = number(190.0)
     max_memory_fraction: float = number(0.6, high=1.0)
     block_size: int = integer(256)
