@@ -51,12 +51,14 @@ def versions() -> str:
 
 
 def commit() -> str:
-    """The commit that runs, '+dirty' when tracked files differ from it; 'unknown' outside a clone."""
-    if _git("rev-parse", "--show-toplevel") != str(ROOT):
-        return "unknown"
-    head = _git("rev-parse", "--verify", "--quiet", "HEAD")
+    """The commit that runs, '+dirty' when tracked files differ from it.
+
+    Outside a clone it is what the environment's VQ_COMMIT says, or 'unknown'.
+    """
+    is_clone = _git("rev-parse", "--show-toplevel") == str(ROOT)
+    head = _git("rev-parse", "--verify", "--quiet", "HEAD") if is_clone else ""
     if not head:
-        return "unknown"
+        return os.environ.get("VQ_COMMIT", "unknown")
     return head + ("+dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
 
 

@@ -28,6 +28,7 @@ class Program(NamedTuple):
     run: Callable[..., Any]
     compile_s: float | None = None  # None: nothing is compiled
     peak_bytes: int | None = None  # inputs, output and temporaries, where known before the call
+    temp_bytes: int | None = None  # the temporaries alone
 
 
 class Spread(NamedTuple):

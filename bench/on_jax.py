@@ -71,11 +71,11 @@ class Backend:
         compiled = jax.jit(fn).lower(*arrays).compile()
         seconds = time.perf_counter() - start
         memory = compiled.memory_analysis()
-        peak = None
-        if memory is not None:
-            sizes = memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes
-            peak = int(sum(sizes) - memory.alias_size_in_bytes)
-        return measure.Program(compiled, seconds, peak)
+        if memory is None:
+            return measure.Program(compiled, seconds)
+        temp = int(memory.temp_size_in_bytes)
+        peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return measure.Program(compiled, seconds, int(peak) + temp, temp)
 
     def times(
         self, program: measure.Program, arrays: tuple[jax.Array, ...]

@@ -43,11 +43,12 @@ KEYS = {
     "quantize_ms": "milliseconds to find the codes alone, a part of ms_median; null without codes",
     "peak_bytes": "most bytes in use at once, inputs and output included: as reserved by the compiler (jax), "
     "as seen by the allocator (torch on cuda), as the sum of live storages (torch elsewhere)",
+    "temp_bytes": "those that the compiler reserves beside inputs and output; null where nothing is compiled",
     "oracle_error": "relative RMS error to the float64 oracle, found before timing on the first tokens",
     "twin_error": "relative RMS difference to the other backend's output on those tokens; null without one",
     "verified_length": "those tokens",
     "config_hash": "changes with any setting that can change the figures, see bench.job.Job",
-    "commit": "of this project; '+dirty' with local changes; 'unknown' outside a clone",
+    "commit": "of this project; '+dirty' with local changes; outside a clone VQ_COMMIT, or 'unknown'",
     "versions": "'name=version' of Python and the packages",
     "time": "when it was recorded, UTC",
 }

@@ -103,6 +103,7 @@ class Worker:
             "compile_s": program.compile_s,
             "quantize_ms": self._quantization_ms(mechanism, length),
             "peak_bytes": peak,
+            "temp_bytes": program.temp_bytes,
         }
         del program, arrays
         self.backend.release()

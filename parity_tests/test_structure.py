@@ -32,7 +32,11 @@ ONLY_IN: dict[tuple[str, str], dict[str, str]] = {
         "LearnableVQ.set_view": "nnx.view asks every module which settings it takes",
     },
     ("jax_vq", "ops/attention.py"): {"exact_implementation": "torch chooses its kernel itself"},
-    ("jax_vq", "ops/numerics.py"): {"precision_for": "a JAX product names its precision"},
+    ("jax_vq", "ops/checks.py"): {"check_x64": "float64 is always there in torch"},
+    ("jax_vq", "ops/numerics.py"): {
+        "precision_for": "a JAX product names its precision",
+        "row_major": "XLA chooses how arrays lie in memory",
+    },
     ("torch_ref", "ops/checks.py"): {
         "check_device": "JAX moves arrays itself or refuses to",
         "shape": "a torch shape prints its type",

@@ -7,7 +7,7 @@ from flax import nnx
 from jax import Array
 
 from jax_vq.ops.attention import dot_product_attention
-from jax_vq.ops.checks import as_floats
+from jax_vq.ops.checks import as_floats, check_x64
 from vq_common import TransformerConfig
 
 
@@ -28,8 +28,7 @@ class GatedAttention(nnx.Module):
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        if "float64" in (config.dtype, config.param_dtype) and not jax.config.read("jax_enable_x64"):
-            raise ValueError("config: dtype float64 needs jax_enable_x64, which is off")
+        check_x64(config.dtype, config.param_dtype)
         self.config = config
         dtypes = {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
         q_width, v_width = config.n_head * config.d_k, config.n_head * config.d_v

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from jax_vq.ops.checks import as_floats, check_at_least, check_codebook, check_mask
+from jax_vq.ops.checks import as_floats, check_at_least, check_codebook, check_mask, check_x64
 from jax_vq.ops.numerics import acc_dtype
 from jax_vq.ops.quantize import (
     CodebookState,
@@ -64,8 +64,7 @@ class LearnableVQ(nnx.Module):
     """
 
     def __init__(self, config: TransformerConfig, *, n_code: int | None = None, rngs: nnx.Rngs):
-        if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
-            raise ValueError("config: dtype float64 needs jax_enable_x64, which is off")
+        check_x64(config.dtype)
         self.config = config
         self.use_running_average = False
         self.rngs = rngs["codebook"].fork()

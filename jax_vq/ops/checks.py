@@ -130,6 +130,12 @@ def check_scale(scale: Any, width: int) -> float:
     return float(scale)
 
 
+def check_x64(*dtypes: str) -> None:
+    """`float64` among dtypes needs jax_enable_x64."""
+    if "float64" in dtypes and not jax.config.read("jax_enable_x64"):
+        raise ValueError("config: dtype float64 needs jax_enable_x64, which is off")
+
+
 def is_concrete(x: Array) -> bool:
     """Whether the values of x can be looked at: not under a transformation."""
     return not isinstance(x, jax.core.Tracer)

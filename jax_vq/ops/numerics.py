@@ -6,6 +6,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 Carry = TypeVar("Carry")
 
@@ -68,12 +69,21 @@ def read_chunk(x: Array, start: Array | int, size: int) -> Array:
     move the cast of all of x in front of the loop.
     """
     x, start = lax.optimization_barrier((x, start))
-    return lax.dynamic_slice_in_dim(x, start, size, axis=1)
+    return row_major(lax.dynamic_slice_in_dim(x, start, size, axis=1))
 
 
 def write_chunk(x: Array, chunk: Array, start: Array | int) -> Array:
     """`x` with `chunk` at `x[:, start:]`, in place under jit."""
-    return lax.dynamic_update_slice_in_dim(x, chunk, start, axis=1)
+    return lax.dynamic_update_slice_in_dim(x, row_major(chunk), start, axis=1)
+
+
+def row_major(x: Array) -> Array:
+    """x, laid out in memory as it is indexed.
+
+    XLA on a GPU would else lay out the whole array that a loop reads or writes as the products
+    inside the loop like it best, at the price of a copy of all of it.
+    """
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 def is_finite_row(x: Array) -> Array:

@@ -242,7 +242,7 @@ def _ema_update(
     batch = code_statistics(x, codes, state.count.shape[1], mask=mask)
     new = jax.tree.map(lambda old, now: decay * old + (1 - decay) * now.astype(acc), state, batch)
     dead = new.count < jnp.asarray(threshold, acc)
-    drawn = draw_vectors(x, draws, mask=mask).astype(acc)
+    drawn = draw_vectors(x, draws, mask).astype(acc)
     new = CodebookState(jnp.where(dead, 1, new.count), jnp.where(dead[..., None], drawn, new.sum))
     return jax.tree.map(partial(jnp.where, jnp.any(mask)), new, state)
 
@@ -253,18 +253,15 @@ def usable_tokens(x: Array, mask: Array | None) -> Array:
     return finite if mask is None else finite & mask
 
 
-def draw_vectors(x: Array, draws: Array, *, mask: Array | None = None) -> Array:
+def draw_vectors(x: Array, draws: Array, mask: Array) -> Array:
     """The real vectors at the positions `floor(draws * n_real)` of the batch, head by head.
 
     `x [B, T, H, D]`, `draws [H, C]` in [0, 1), `mask [B, T]`; returns `[H, C, D]`.
     """
     batch, length, n_head, width = x.shape
     n_token = batch * length
-    if mask is None:
-        n_real, order = jnp.asarray(n_token), jnp.arange(n_token)
-    else:
-        n_real = jnp.maximum(jnp.sum(mask, dtype=jnp.int32), 1)
-        order = jnp.argsort(~mask.reshape(n_token), stable=True)
+    n_real = jnp.maximum(jnp.sum(mask, dtype=jnp.int32), 1)
+    order = jnp.argsort(~mask.reshape(n_token), stable=True)
     rank = jnp.minimum((draws * jnp.asarray(n_real, draws.dtype)).astype(jnp.int32), n_real - 1)
     return x.reshape(n_token, n_head, width)[order[rank], jnp.arange(n_head)[:, None]]
 
@@ -298,7 +295,7 @@ def _kmeans(x: Array, draws: Array, n_iter: int, mask: Array | None) -> Codebook
     acc = acc_dtype(x.dtype)
     mask = usable_tokens(x, mask)
     x = jnp.where(mask[:, :, None, None], x, 0)
-    start = draw_vectors(x, draws, mask=mask).astype(acc)
+    start = draw_vectors(x, draws, mask).astype(acc)
 
     def iterate(state: CodebookState, _: None) -> tuple[CodebookState, None]:
         codebook = codebook_of(state)

@@ -241,7 +241,7 @@ def _ema_update(
         *(decay * old + (1 - decay) * now.to(acc) for old, now in zip(state, batch, strict=True))
     )
     dead = new.count < threshold
-    drawn = draw_vectors(x, draws, mask=mask).to(acc)
+    drawn = draw_vectors(x, draws, mask).to(acc)
     new = CodebookState(torch.where(dead, 1, new.count), torch.where(dead[..., None], drawn, new.sum))
     return CodebookState(*(torch.where(mask.any(), a, b) for a, b in zip(new, state, strict=True)))
 
@@ -252,18 +252,15 @@ def usable_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     return finite if mask is None else finite & mask
 
 
-def draw_vectors(x: Tensor, draws: Tensor, *, mask: Tensor | None = None) -> Tensor:
+def draw_vectors(x: Tensor, draws: Tensor, mask: Tensor) -> Tensor:
     """The real vectors at the positions `floor(draws * n_real)` of the batch, head by head.
 
     `x [B, T, H, D]`, `draws [H, C]` in [0, 1), `mask [B, T]`; returns `[H, C, D]`.
     """
     batch, length, n_head, width = x.shape
     n_token = batch * length
-    if mask is None:
-        n_real, order = torch.tensor(n_token, device=x.device), torch.arange(n_token, device=x.device)
-    else:
-        n_real = mask.sum().clamp(min=1)
-        order = torch.argsort((~mask).reshape(n_token).to(torch.int32), stable=True)
+    n_real = mask.sum().clamp(min=1)
+    order = torch.argsort((~mask).reshape(n_token).to(torch.int32), stable=True)
     rank = torch.minimum((draws * n_real.to(draws.dtype)).to(torch.int32), n_real.to(torch.int32) - 1)
     heads = torch.arange(n_head, device=x.device)[:, None]
     return x.reshape(n_token, n_head, width)[order[rank.long()], heads]
@@ -300,7 +297,7 @@ def _kmeans(x: Tensor, draws: Tensor, n_iter: int, mask: Tensor | None) -> Codeb
     acc = acc_dtype(x.dtype)
     mask = usable_tokens(x, mask)
     x = torch.where(mask[:, :, None, None], x, 0)
-    start = draw_vectors(x, draws, mask=mask).to(acc)
+    start = draw_vectors(x, draws, mask).to(acc)
 
     def iterate(state: CodebookState) -> CodebookState:
         codebook = codebook_of(state)
