@@ -16,8 +16,9 @@ from typing import Any
 # jax primitives that compute nothing.
 _MOVES = frozenset(
     """
-    broadcast_in_dim concatenate convert_element_type copy dynamic_slice dynamic_update_slice gather iota pad
-    reshape rev scatter select_n slice split squeeze stack stop_gradient transpose
+    broadcast_in_dim concatenate convert_element_type copy dynamic_slice dynamic_update_slice gather iota
+    layout_constraint optimization_barrier pad reshape rev scatter select_n slice split squeeze stack
+    stop_gradient transpose
     """.split()  # noqa: SIM905
 )
 

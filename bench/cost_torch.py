@@ -23,9 +23,12 @@ _MOVES = frozenset(
 
 
 def on_meta_tensors(mode: TorchDispatchMode, fn: Callable[..., Any], *args: Tensor) -> None:
-    """Call `fn` inside `mode` on tensors like `args` without data: all but the computation happens."""
-    args = tuple(x.to("meta") for x in args)
-    with torch.no_grad(), mode:
+    """Call `fn` inside `mode` on tensors like `args` without data: all but the computation happens.
+
+    A backward pass is what `fn` makes of it: no tensor of `args` requires a gradient.
+    """
+    args = tuple(x.detach().to("meta") for x in args)
+    with mode:
         fn(*args)
 
 

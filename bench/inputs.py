@@ -96,6 +96,13 @@ def sample_ids(job: Job, length: int, is_causal: bool) -> NDArray[np.int32]:
     return rng.integers(0, sizes[None, :, None, None], shape).astype(np.int32)
 
 
+def cotangent(job: Job, length: int) -> NDArray[Any]:
+    """What is pulled back, Gaussian `[B, T, H, V]`, kept as a `Store` keeps tokens."""
+    rng = np.random.default_rng([job.seed, 6, length])
+    d_out = rng.standard_normal((job.batch, length, job.heads, job.value_width), np.float32)
+    return to_bfloat16(d_out) if job.dtype == "bfloat16" else d_out
+
+
 def code_draws(
     job: Job, n_code: int, positions: NDArray[Any], text: NDArray[np.uint8] | None
 ) -> NDArray[np.float32]:
@@ -140,9 +147,9 @@ class Store:
             file[:, start : start + x.shape[1]] = to_bfloat16(x) if self._is_bfloat16 else x
             file.flush()
 
-    def read_tokens(self, name: str, length: int) -> NDArray[Any]:
-        """The first `length` tokens as they are kept."""
-        return np.array(np.load(self._path(name), mmap_mode="r")[:, :length])
+    def read_tokens(self, name: str, length: int, start: int = 0) -> NDArray[Any]:
+        """The tokens from `start` to `length` as they are kept."""
+        return np.array(np.load(self._path(name), mmap_mode="r")[:, start:length])
 
     def read_float64(self, name: str, length: int) -> NDArray[np.float64]:
         """The first `length` tokens, with the values that every backend gets."""

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 from vq_common import TransformerConfig
 
 DTYPES = ("float64", "float32", "bfloat16")
+DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
+STEP = "step"  # what the suite 'decode' times in place of a direction
+WINDOW_SINKS = 4  # exact first tokens of the window form, where the configuration has no exact part
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +22,7 @@ class Job:
       batch, heads, width, value_width: B, H, D, V of q, k `[B, T, H, D]` and v `[B, T, H, V]`.
       codes_q, codes_k: codes of the codebooks `[H, C, D]`.
       block_len: L of causal VQ-attention.
-      mem_len: exact tokens before the block.
+      mem_len, n_sink: exact tokens before the block, and exact first tokens, of the window form.
       block_size, n_projection, n_sample, min_seq_len: of HyperAttention.
       n_kmeans: Lloyd iterations that fit the codebooks.
       seed: of every draw.
@@ -37,6 +40,7 @@ class Job:
     codes_k: int
     block_len: int
     mem_len: int
+    n_sink: int
     block_size: int
     n_projection: int
     n_sample: int
@@ -69,6 +73,7 @@ class Job:
             codes_k=config.n_code_k,
             block_len=config.block_len,
             mem_len=config.mem_len,
+            n_sink=config.n_sink,
             block_size=bench.block_size,
             n_projection=bench.n_projection,
             n_sample=bench.n_sample,
@@ -95,14 +100,34 @@ class Job:
         text = json.dumps(self.to_json(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+    @property
+    def has_exact_part(self) -> bool:
+        """Whether the configuration sets a window or sinks."""
+        return self.mem_len > 0 or self.n_sink > 0
+
+    def window(self, mechanism: str) -> tuple[int, int]:
+        """`(mem_len, n_sink)` of a mechanism: those of the job, one block and 4 where it has none."""
+        if not is_windowed(mechanism):
+            return 0, 0
+        return (self.mem_len, self.n_sink) if self.has_exact_part else (self.block_len, WINDOW_SINKS)
+
     def at_verification(self, mechanism: str, is_causal: bool, length: int) -> "Job":
         """The job that `length` tokens are verified with: HyperAttention's sizes are cut where needed.
 
-        At the full sizes a short sequence would be one block, or exact as a whole.
+        At the full sizes a short sequence would be one block, or exact as a whole. So are those of
+        an exact window.
         """
+        quarter = max(length // 4, 1)
+        if is_windowed(mechanism):
+            mem_len, n_sink = self.window(mechanism)
+            return dataclasses.replace(
+                self,
+                block_len=min(self.block_len, quarter),
+                mem_len=min(mem_len, quarter),
+                n_sink=min(n_sink, quarter),
+            )
         if mechanism != "hyper":
             return self
-        quarter = max(length // 4, 1)
         return dataclasses.replace(
             self,
             block_size=min(self.block_size, quarter),
@@ -111,12 +136,18 @@ class Job:
         )
 
 
+def is_windowed(mechanism: str) -> bool:
+    """Whether a mechanism is VQ-attention with an exact window."""
+    return mechanism.endswith("_window")
+
+
 class Point(NamedTuple):
-    """One measurement of a job in one backend: forward, `length` tokens."""
+    """One measurement of a job in one backend: a call on `length` tokens, or the last of them alone."""
 
     mechanism: str
     is_causal: bool
     length: int
+    direction: str = "fwd"  # one of `DIRECTIONS`, or `STEP`
 
     @property
     def curve(self) -> str:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from bench import host, records
-from bench.job import Job, Point
+from bench.job import DIRECTIONS, Job, Point
 from bench.records import Record
 
-# What a record takes from its job.
+# What a record takes from its job as it is.
 SHAPE = frozenset(
-    ("dtype", "batch", "heads", "width", "value_width", "codes_q", "codes_k", "block_len", "mem_len", "input")
+    ("dtype", "batch", "heads", "width", "value_width", "codes_q", "codes_k", "block_len", "input")
 )
 
 
@@ -22,11 +22,14 @@ class Ledger:
       path: of the .jsonl file.
       suite: name of the suite.
       job: what is measured.
+      direction: of all its points.
       is_resume: go on with the file; otherwise it is moved aside.
     """
 
-    def __init__(self, path: Path, suite: str, job: Job, *, is_resume: bool) -> None:
-        self.path, self.suite, self.job = path, suite, job
+    def __init__(
+        self, path: Path, suite: str, job: Job, *, direction: str = DIRECTIONS[0], is_resume: bool
+    ) -> None:
+        self.path, self.suite, self.job, self.direction = path, suite, job, direction
         self.notes: list[str] = []
         self._devices: dict[str, tuple[str, str]] = {}
         self._provenance = {"commit": host.commit(), "versions": host.versions()}
@@ -49,7 +52,8 @@ class Ledger:
         return [
             record
             for record in records.latest(records.read(self.path))
-            if (record["suite"], record["config_hash"]) == (self.suite, self.job.digest)
+            if (record["suite"], record["direction"]) == (self.suite, self.direction)
+            and record["config_hash"] == self.job.digest
             and (record["device"], record["device_name"]) == self._devices.get(record["backend"])
         ]
 
@@ -73,12 +77,14 @@ class Ledger:
     def _base(self, backend: str, point: Point) -> Record:
         device, device_name = self._devices[backend]
         shape = {key: value for key, value in self.job.to_json().items() if key in SHAPE}
+        mem_len, n_sink = self.job.window(point.mechanism)
         return shape | {
+            "mem_len": mem_len,
+            "n_sink": n_sink,
             "suite": self.suite,
             "backend": backend,
             "device": device,
             "device_name": device_name,
-            "direction": "fwd",
             **point._asdict(),
             "config_hash": self.job.digest,
         }

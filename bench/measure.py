@@ -23,12 +23,21 @@ class Device(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A function that is ready to be timed on arrays of the shapes it was made for."""
+    """A function that is ready to be timed on arrays of the shapes it was made for.
+
+    A backward pass alone is run on what the forward pass saved: `prepare` makes that of the arrays.
+    """
 
     run: Callable[..., Any]
     compile_s: float | None = None  # None: nothing is compiled
     peak_bytes: int | None = None  # inputs, output and temporaries, where known before the call
     temp_bytes: int | None = None  # the temporaries alone
+    prepare: Callable[..., tuple[Any, ...]] | None = None  # arrays to arguments of run, not timed
+    held_bytes: int = 0  # kept between calls, beside the arguments
+
+    def arguments(self, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What `run` takes."""
+        return arrays if self.prepare is None else self.prepare(*arrays)
 
 
 class Spread(NamedTuple):

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 import jax_vq
 from bench import host, measure
 from bench.job import Job
+from bench.registry import DIFFERENTIABLE
 from vq_common import TransformerConfig
 
 
@@ -25,6 +26,39 @@ DEVICES = {
     "cpu": measure.Device(jax.block_until_ready, host.free_bytes, host.cpu_name),
     "cuda": measure.Device(jax.block_until_ready, _bytes_free_on_gpu, lambda: jax.devices()[0].device_kind),
 }
+
+
+def _pullback(fn: Callable[..., Any], inputs: Any) -> tuple[Any, Any]:
+    """The output and the pullback to the first three of `inputs`: q, k and v."""
+    primals, rest = inputs[: len(DIFFERENTIABLE)], inputs[len(DIFFERENTIABLE) :]
+    out, pull = jax.vjp(lambda *primals: fn(*primals, *rest), *primals)
+    return out, pull
+
+
+def forward_and_backward(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`(*arrays, d_out)` to the output of `fn(*arrays)` and the pullback of d_out to q, k and v."""
+
+    def both(*arrays: Any) -> tuple[Any, tuple[Any, ...]]:
+        out, pull = _pullback(fn, arrays[:-1])
+        return out, pull(arrays[-1])
+
+    return both
+
+
+def _compile(
+    fn: Callable[..., Any], arrays: tuple[Any, ...], donated: tuple[int, ...] = ()
+) -> tuple[measure.Program, Any]:
+    """A program for these arrays or their shapes, and the shapes of what it returns."""
+    start = time.perf_counter()
+    traced = jax.jit(fn, donate_argnums=donated).trace(*arrays)
+    compiled = traced.lower().compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return measure.Program(compiled, seconds), traced.out_info
+    temp = int(memory.temp_size_in_bytes)
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return measure.Program(compiled, seconds, int(peak) + temp, temp), traced.out_info
 
 
 class Backend:
@@ -65,26 +99,54 @@ class Backend:
         """An array as float64."""
         return np.asarray(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, np.float64)
 
-    def compile(self, fn: Callable[..., Any], arrays: tuple[jax.Array, ...]) -> measure.Program:
-        """Compile for these arrays; the peak is what the compiler reserves."""
-        start = time.perf_counter()
-        compiled = jax.jit(fn).lower(*arrays).compile()
-        seconds = time.perf_counter() - start
-        memory = compiled.memory_analysis()
-        if memory is None:
-            return measure.Program(compiled, seconds)
-        temp = int(memory.temp_size_in_bytes)
-        peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        return measure.Program(compiled, seconds, int(peak) + temp, temp)
+    def primal(self, x: jax.Array) -> jax.Array:
+        """An array that gradients are taken of."""
+        return x
+
+    def compile(
+        self, fn: Callable[..., Any], arrays: tuple[jax.Array, ...], direction: str = "fwd"
+    ) -> measure.Program:
+        """Compile for these arrays, of which the last one is the cotangent where there is one.
+
+        'bwd' is two programs: the first returns the pullback, a pytree of what the forward pass
+        saved; the second, which is the one to time, calls it.
+        """
+        if direction == "bwd":
+            return self._compile_backward(fn, arrays)
+        return _compile(forward_and_backward(fn) if direction == "fwd+bwd" else fn, arrays)[0]
+
+    def _compile_backward(self, fn: Callable[..., Any], arrays: tuple[jax.Array, ...]) -> measure.Program:
+        *inputs, d_out = arrays
+        save, pull = _compile(lambda *inputs: _pullback(fn, inputs)[1], tuple(inputs))
+        program, _ = _compile(lambda pull, d_out: pull(d_out), (pull, d_out))
+        peaks = [part.peak_bytes for part in (save, program) if part.peak_bytes is not None]
+        return program._replace(
+            compile_s=(save.compile_s or 0.0) + (program.compile_s or 0.0),
+            peak_bytes=max(peaks, default=None),
+            prepare=lambda *arrays: (save.run(*arrays[:-1]), arrays[-1]),
+        )
+
+    def compile_step(self, step: Callable[..., Any], kept: Any, arrays: tuple[jax.Array, ...]) -> Any:
+        """Compile `(kept, *arrays) -> (out, kept)`, which takes the memory of what it is given to keep."""
+        return _compile(step, (kept, *arrays), donated=(0,))[0]
+
+    def feeder(self, feed: Callable[..., Any]) -> Callable[..., Any]:
+        """`(kept, *arrays) -> kept`, compiled for every shape that comes, in the same memory."""
+        return jax.jit(feed, donate_argnums=0)
+
+    def n_bytes(self, tree: Any) -> int:
+        """Bytes of all arrays."""
+        return sum(x.nbytes for x in jax.tree.leaves(tree))
 
     def times(
         self, program: measure.Program, arrays: tuple[jax.Array, ...]
     ) -> tuple[list[float], int | None]:
-        """Milliseconds of repeated calls, and the peak of memory."""
+        """Milliseconds of repeated calls, and the peak of memory, which is what the compiler reserves."""
         job, synchronize = self.job, self.device.synchronize
+        arguments = program.arguments(arrays)
 
         def call() -> Any:
-            return program.run(*arrays)
+            return program.run(*arguments)
 
         call_s = measure.warm_up(call, synchronize, job.n_warmup)
         n_inner = 1 if self.kind == "cpu" else measure.batch_size(call_s)

@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import torch_ref
 from bench import host, measure
 from bench.cost_torch import TrackMemory
 from bench.job import Job
+from bench.registry import DIFFERENTIABLE
 from vq_common import TransformerConfig
 
 
@@ -32,6 +34,27 @@ DEVICES = {
 
 
 TIMING = {"cpu": "host clock", "cuda": "device events", "mps": "host clock, enqueued calls"}
+
+
+def _graph(fn: Callable[..., Any], arrays: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """The output of `fn` with its graph, what it is differentiated by, and the cotangent."""
+    *inputs, d_out = arrays
+    primals = tuple(x.detach().requires_grad_() for x in inputs[: len(DIFFERENTIABLE)])
+    return fn(*primals, *inputs[len(DIFFERENTIABLE) :]), primals, d_out
+
+
+def _pull(out: Tensor, primals: tuple[Tensor, ...], d_out: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(out, primals, d_out, retain_graph=True)
+
+
+def forward_and_backward(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`(*arrays, d_out)` to the output of `fn(*arrays)` and the pullback of d_out to q, k and v."""
+
+    def both(*arrays: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        out, primals, d_out = _graph(fn, arrays)
+        return out.detach(), torch.autograd.grad(out, primals, d_out)
+
+    return both
 
 
 class Backend:
@@ -66,9 +89,35 @@ class Backend:
         """A tensor as float64."""
         return x.detach().cpu().to(torch.float64).numpy()
 
-    def compile(self, fn: Callable[..., Any], arrays: tuple[Tensor, ...]) -> measure.Program:
-        """The eager function; nothing is compiled."""
-        return measure.Program(torch.no_grad()(fn))
+    def primal(self, x: Tensor) -> Tensor:
+        """An array that gradients are taken of."""
+        return x.detach().requires_grad_()
+
+    def compile(
+        self, fn: Callable[..., Any], arrays: tuple[Tensor, ...], direction: str = "fwd"
+    ) -> measure.Program:
+        """The eager function; nothing is compiled.
+
+        The last one of the arrays is the cotangent where there is one. 'bwd' goes through one and
+        the same graph again and again.
+        """
+        if direction == "fwd":
+            return measure.Program(torch.no_grad()(fn))
+        if direction == "fwd+bwd":
+            return measure.Program(forward_and_backward(fn))
+        return measure.Program(_pull, prepare=lambda *arrays: _graph(fn, arrays))
+
+    def compile_step(self, step: Callable[..., Any], kept: Any, arrays: tuple[Tensor, ...]) -> Any:
+        """The eager `(kept, *arrays) -> (out, kept)`."""
+        return measure.Program(torch.inference_mode()(step), held_bytes=self.n_bytes(kept))
+
+    def feeder(self, feed: Callable[..., Any]) -> Callable[..., Any]:
+        """`(kept, *arrays) -> kept`."""
+        return torch.inference_mode()(feed)
+
+    def n_bytes(self, tree: Any) -> int:
+        """Bytes of all arrays."""
+        return sum(x.nbytes for x in tree_leaves(tree) if isinstance(x, Tensor))
 
     def times(self, program: measure.Program, arrays: tuple[Tensor, ...]) -> tuple[list[float], int | None]:
         """Milliseconds of repeated calls, and the peak of memory.
@@ -79,18 +128,20 @@ class Backend:
         job, synchronize = self.job, self.device.synchronize
 
         def call() -> Any:
-            return program.run(*arrays)
+            return program.run(*arguments)
 
         sizes = {"n_repeat": job.n_repeat, "max_repeat_s": job.max_repeat_s}
         if self.kind == "cuda":
             torch.cuda.reset_peak_memory_stats()
+            arguments = program.arguments(arrays)
             call_s = measure.warm_up(call, synchronize, max(job.n_warmup, 1))
             peak = int(torch.cuda.max_memory_allocated())
             event = partial(torch.cuda.Event, enable_timing=True)
             return measure.time_events(call, event, synchronize, call_s=call_s, **sizes), peak
         with TrackMemory() as tracker:
+            arguments = program.arguments(arrays)
             synchronize(call())
-        peak = sum(x.untyped_storage().nbytes() for x in arrays) + tracker.peak
+        peak = sum(x.untyped_storage().nbytes() for x in arrays) + tracker.peak + program.held_bytes
         call_s = measure.warm_up(call, synchronize, job.n_warmup - 1)
         n_inner = 1 if self.kind == "cpu" else measure.batch_size(call_s)
         return measure.time_calls(call, synchronize, n_inner=n_inner, **sizes), peak

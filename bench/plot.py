@@ -7,7 +7,20 @@ from bench import fit
 from bench.records import Record
 from bench.registry import MECHANISMS
 
-COLORS = {"vq_qk": "#1b6ca8", "vq_k": "#3aa17e", "hyper": "#c9802b", "exact": "#b03a48"}
+COLORS = {
+    "vq_qk": "#1b6ca8",
+    "vq_k": "#3aa17e",
+    "vq_qk_window": "#6a51a3",
+    "vq_k_window": "#8c8c3a",
+    "hyper": "#c9802b",
+    "exact": "#b03a48",
+}
+CALLS = {
+    "fwd": "one forward call, ms",
+    "bwd": "one backward call, ms",
+    "fwd+bwd": "forward and backward, ms",
+    "step": "one token, ms",
+}
 STYLES = {"jax": ("-", "o"), "torch": ("--", "s")}
 
 
@@ -48,11 +61,12 @@ def write(path: Path, found: Sequence[Record]) -> None:
         panel.set_xticks(lengths, [f"{T // 1024}k" if T % 1024 == 0 else str(T) for T in lengths])
         panel.minorticks_off()
         panel.set_title("causal" if is_causal else "not causal")
-        panel.set_xlabel("sequence length T, tokens")
+        is_step = any(record["direction"] == "step" for record in found)
+        panel.set_xlabel("context T, tokens" if is_step else "sequence length T, tokens")
         panel.grid(alpha=0.3)
         if lengths:
             panel.legend(fontsize=7.5)
-    panels[0][0].set_ylabel("one forward call, ms")
+    panels[0][0].set_ylabel(CALLS[found[0]["direction"] if found else "fwd"])
     figure.suptitle(_subtitle(found), fontsize=9)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

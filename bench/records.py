@@ -12,24 +12,27 @@ from typing import Any
 Record = dict[str, Any]
 
 KEYS = {
-    "suite": "name of the suite: 'scaling'",
+    "suite": "name of the suite: 'scaling' or 'decode'",
     "backend": "'jax' or 'torch'",
-    "mechanism": "'vq_qk', 'vq_k', 'hyper' or 'exact'",
+    "mechanism": "'vq_qk', 'vq_k', 'vq_qk_window', 'vq_k_window', 'hyper' or 'exact'",
     "implementation": "kernel that ran: 'xla', 'cudnn', 'eager', 'flash', ...; null where none did",
     "device": "'cpu', 'cuda' or 'mps'",
     "device_name": "model of the device",
     "dtype": "of q, k, v and the output",
     "is_causal": "whether a token attends only to itself and earlier ones",
-    "direction": "'fwd'",
+    "direction": "what is timed: 'fwd' (a forward call), 'bwd' (the pullback of a cotangent alone, on what "
+    "the forward call saved), 'fwd+bwd' (both in one call) or, in the suite 'decode', 'step' (the last of T "
+    "tokens alone, forward, after the others)",
     "batch": "B",
     "heads": "H",
-    "length": "T, tokens",
+    "length": "T, tokens; of a step: those that it sees, its own included",
     "width": "D, of a query or key of one head",
     "value_width": "V, of a value of one head",
     "codes_q": "codes of the query codebook",
     "codes_k": "codes of the key codebook",
     "block_len": "L of causal VQ-attention",
-    "mem_len": "exact tokens before the block",
+    "mem_len": "exact tokens before the block, of this mechanism: 0 for all but the window form",
+    "n_sink": "exact first tokens, of this mechanism: 0 for all but the window form",
     "input": "'real' (q, k, v of a module over bytes of Python's standard library) or 'random' (Gaussian)",
     "status": "'ok', 'skipped' (not tried: see reason) or 'failed' (tried: see reason)",
     "reason": "why the point is not ok, else null",
@@ -40,12 +43,19 @@ KEYS = {
     "ms_p80": "80th percentile",
     "n_repeat": "timed calls, or batches of enqueued calls",
     "compile_s": "seconds to compile, before the first call; null where nothing is compiled",
-    "quantize_ms": "milliseconds to find the codes alone, a part of ms_median; null without codes",
+    "quantize_ms": "milliseconds to find the codes alone, a part of ms_median; null without codes, "
+    "and where that is not timed apart or not part of the call ('bwd', 'step')",
     "peak_bytes": "most bytes in use at once, inputs and output included: as reserved by the compiler (jax), "
-    "as seen by the allocator (torch on cuda), as the sum of live storages (torch elsewhere)",
+    "as seen by the allocator (torch on cuda), as the sum of live storages (torch elsewhere); with 'bwd' "
+    "the forward call before it counts",
+    "state_bytes": "of a step: bytes kept between tokens, in a state or a key and value cache; else null",
+    "feed_s": "of a step: seconds to take in the tokens before it, compilation included; else null",
     "temp_bytes": "those that the compiler reserves beside inputs and output; null where nothing is compiled",
-    "oracle_error": "relative RMS error to the float64 oracle, found before timing on the first tokens",
-    "twin_error": "relative RMS difference to the other backend's output on those tokens; null without one",
+    "oracle_error": "relative RMS error to the float64 oracle, of the output, found before timing on the "
+    "first tokens; null where no output is timed ('bwd')",
+    "gradient_error": "the same of the gradients of q, k and v, the largest of the three; null without them",
+    "twin_error": "relative RMS difference to the other backend on those tokens, the largest of output and "
+    "gradients; null without one",
     "verified_length": "those tokens",
     "config_hash": "changes with any setting that can change the figures, see bench.job.Job",
     "commit": "of this project; '+dirty' with local changes; outside a clone VQ_COMMIT, or 'unknown'",

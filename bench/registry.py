@@ -6,10 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from bench.job import Job
+from bench.job import STEP, Job, Point, is_windowed
 
 PACKAGES = {"jax": "jax_vq", "torch": "torch_ref"}
 BACKENDS = tuple(PACKAGES)
+DIFFERENTIABLE = ("q", "k", "v")  # the first arguments of every mechanism
 
 Shape = tuple[int, ...]
 
@@ -45,6 +46,7 @@ def array_shapes(job: Job, length: int, n_sample_set: int) -> dict[str, tuple[Sh
         "q": ((*tokens, job.width), job.dtype),
         "k": ((*tokens, job.width), job.dtype),
         "v": ((*tokens, job.value_width), job.dtype),
+        "d_out": ((*tokens, job.value_width), job.dtype),
         "codebook_q": ((job.heads, job.codes_q, job.width), precise),
         "codebook_k": ((job.heads, job.codes_k, job.width), precise),
         "directions": ((job.heads, job.n_projection, job.width), precise),
@@ -52,9 +54,13 @@ def array_shapes(job: Job, length: int, n_sample_set: int) -> dict[str, tuple[Sh
     }
 
 
-def unsupported(mechanism: str, backend: str, job: Job) -> str | None:
+def unsupported(backend: str, job: Job, point: Point) -> str | None:
     """Why a backend cannot run a mechanism for this job, or None."""
-    if mechanism == "exact" and backend == "jax":
+    if is_windowed(point.mechanism) and not point.is_causal:
+        return "an exact window is of causal attention only"
+    if point.mechanism == "hyper" and point.direction == STEP:
+        return "HyperAttention has no step: it sorts whole sequences"
+    if point.mechanism == "exact" and backend == "jax":
         if job.width != job.value_width:
             return f"jax.nn.dot_product_attention needs d_k == d_v, found {job.width} and {job.value_width}"
         if job.dtype == "float64":
@@ -70,19 +76,20 @@ def _default_implementation(backend: str) -> str:
     return {"jax": "xla", "torch": "eager"}[backend]
 
 
-def _build_vq_qk(backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
-    op = _ops(backend).vq_attention
-    fn = partial(op, is_causal=is_causal, scale=1.0, block_len=job.block_len)
-    return Built(fn, _default_implementation(backend))
+def vq_options(mechanism: str, job: Job) -> dict[str, Any]:
+    """Options of `vq_attention`, of its state too, that a mechanism calls it with."""
+    mem_len, n_sink = job.window(mechanism)
+    return {"block_len": job.block_len, "mem_len": mem_len, "n_sink": n_sink}
 
 
-def _build_vq_k(backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
-    op = _ops(backend).vq_attention
+def _build_vq(mechanism: str, backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
+    op = partial(_ops(backend).vq_attention, is_causal=is_causal, scale=1.0, **vq_options(mechanism, job))
 
     def keys_only(q: Any, k: Any, v: Any, codebook_k: Any) -> Any:
-        return op(q, k, v, None, codebook_k, is_causal=is_causal, scale=1.0, block_len=job.block_len)
+        return op(q, k, v, None, codebook_k)
 
-    return Built(keys_only, _default_implementation(backend))
+    has_query_codes = "codebook_q" in MECHANISMS[mechanism].arrays
+    return Built(op if has_query_codes else keys_only, _default_implementation(backend))
 
 
 def _build_hyper(backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
@@ -96,12 +103,20 @@ def _build_exact(backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...
     return {"jax": _exact_jax, "torch": _exact_torch}[backend](job, is_causal, arrays)
 
 
-def _exact_jax(job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
+def jax_kernel(job: Job) -> str:
+    """What `jax.nn.dot_product_attention` runs on: cuDNN has its own backward pass."""
     import jax
 
     is_half = job.dtype in ("bfloat16", "float16")
     fits = job.width == job.value_width and job.width % 8 == 0 and job.width <= 128
-    implementation = "cudnn" if jax.default_backend() == "gpu" and is_half and fits else "xla"
+    return "cudnn" if jax.default_backend() == "gpu" and is_half and fits else "xla"
+
+
+def _exact_jax(job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
+    import jax
+
+    is_half = job.dtype in ("bfloat16", "float16")
+    implementation = jax_kernel(job)
 
     def exact(q: Any, k: Any, v: Any) -> Any:
         with jax.default_matmul_precision("default" if is_half else "highest"):
@@ -125,6 +140,12 @@ def _exact_torch(job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
         with sdpa_kernel(kernel):
             return exact(*arrays)
 
+    def probe(kernel: Any) -> None:
+        """RuntimeError where a kernel cannot do these arrays, backward too if they need gradients."""
+        out = forced(kernel, q[:, :128], k[:, :128], v[:, :128])
+        if out.requires_grad:
+            torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+
     q, k, v = arrays
     if q.device.type != "cuda":
         name = "sdpa"  # where torch does not tell what it chooses
@@ -137,7 +158,7 @@ def _exact_torch(job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
     kernels = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION) if is_half else ()
     for kernel in (*kernels, SDPBackend.EFFICIENT_ATTENTION):
         with contextlib.suppress(RuntimeError):
-            forced(kernel, q[:, :128], k[:, :128], v[:, :128])
+            probe(kernel)
             return Built(partial(forced, kernel), _kernel_name(kernel))
     return Built(partial(forced, SDPBackend.MATH), _kernel_name(SDPBackend.MATH))
 
@@ -147,19 +168,22 @@ def _kernel_name(kernel: Any) -> str:
     return str(kernel.name).removesuffix("_ATTENTION").lower()
 
 
+def _vq(mechanism: str, title: str, *quantized: str) -> Mechanism:
+    """VQ-attention that quantizes those of q and k that are named."""
+    codebooks = tuple(f"codebook_{name}" for name in quantized)
+    return Mechanism(
+        title=title,
+        arrays=("q", "k", "v", *codebooks),
+        quantized=tuple(zip(quantized, codebooks, strict=True)),
+        build=partial(_build_vq, mechanism),
+    )
+
+
 MECHANISMS: dict[str, Mechanism] = {
-    "vq_qk": Mechanism(
-        title="VQ-attention, queries and keys",
-        arrays=("q", "k", "v", "codebook_q", "codebook_k"),
-        quantized=(("q", "codebook_q"), ("k", "codebook_k")),
-        build=_build_vq_qk,
-    ),
-    "vq_k": Mechanism(
-        title="VQ-attention, keys only",
-        arrays=("q", "k", "v", "codebook_k"),
-        quantized=(("k", "codebook_k"),),
-        build=_build_vq_k,
-    ),
+    "vq_qk": _vq("vq_qk", "VQ-attention, queries and keys", "q", "k"),
+    "vq_k": _vq("vq_k", "VQ-attention, keys only", "k"),
+    "vq_qk_window": _vq("vq_qk_window", "VQ-attention with an exact window, queries and keys", "q", "k"),
+    "vq_k_window": _vq("vq_k_window", "VQ-attention with an exact window, keys only", "k"),
     "hyper": Mechanism(
         title="HyperAttention",
         arrays=("q", "k", "v", "directions", "sample_ids"),
@@ -168,6 +192,11 @@ MECHANISMS: dict[str, Mechanism] = {
     ),
     "exact": Mechanism(title="exact attention", arrays=("q", "k", "v"), quantized=(), build=_build_exact),
 }
+
+
+def default_mechanisms(job: Job) -> tuple[str, ...]:
+    """All, the window form only where the configuration has a window or sinks."""
+    return tuple(name for name in MECHANISMS if job.has_exact_part or not is_windowed(name))
 
 
 def build(mechanism: str, backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:

@@ -4,7 +4,7 @@ import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench import fit, plot
 from bench.fit import Name
@@ -12,26 +12,62 @@ from bench.records import Record
 from bench.registry import MECHANISMS
 
 PROVENANCE = (
-    *("device_name", "dtype", "input", "batch", "heads", "width", "value_width", "codes_q", "codes_k"),
-    *("block_len", "timing", "commit", "versions", "config_hash"),
+    *("device_name", "dtype", "input", "direction", "batch", "heads", "width", "value_width"),
+    *("codes_q", "codes_k", "block_len", "timing", "commit", "versions", "config_hash"),
 )
 
 
-def write(out: Path, found: Sequence[Record], notes: Sequence[str] = ()) -> list[str]:
-    """Write scaling.md, scaling.png and summary.json into `out`; lines that say what was written."""
+class Wording(NamedTuple):
+    """How a suite is told of."""
+
+    title: str
+    image: str
+    figures: str  # what the tables hold; `{call}` is what is timed
+
+
+CALLS = {
+    "fwd": "forward call",
+    "bwd": "backward pass, on what the forward pass before it saved",
+    "fwd+bwd": "forward and backward pass together",
+}
+VERIFIED = "Every mechanism met the float64 oracle on these inputs before it was timed."
+WORDING = {
+    "scaling": Wording(
+        "Scaling of attention mechanisms with sequence length",
+        "time against length",
+        "Milliseconds of one {call}, the median of repeats. Quantization is part of a forward call. "
+        + VERIFIED,
+    ),
+    "decode": Wording(
+        "Decoding: one token against the context before it",
+        "time per token against context",
+        "Milliseconds of one token, the median of repeats (20th and 80th percentile in brackets), its "
+        "quantization and what it adds to the state or the cache included. A context of T is T tokens with "
+        f"the one that is timed. {VERIFIED}",
+    ),
+}
+
+
+def write(out: Path, found: Sequence[Record], notes: Sequence[str] = (), suite: str = "scaling") -> list[str]:
+    """Write the suite's .md and .png and summary.json into `out`; lines that say what was written."""
     measured = fit.curves(found)
     lines = []
     try:
-        plot.write(out / "scaling.png", found)
-        image = "![time against length](scaling.png)"
-        lines.append(f"plot: {out / 'scaling.png'}")
+        plot.write(out / f"{suite}.png", found)
+        image = f"![{WORDING[suite].image}]({suite}.png)"
+        lines.append(f"plot: {out / f'{suite}.png'}")
     except ImportError:
         image = "No plot: matplotlib is not installed."
         lines.append("no plot: matplotlib is not installed (pip install matplotlib)")
-    page = "\n\n".join(section for section in _sections(found, measured, image, notes) if section)
-    (out / "scaling.md").write_text(page + "\n", encoding="utf-8")
+    page = "\n\n".join(section for section in _sections(found, measured, image, notes, suite) if section)
+    (out / f"{suite}.md").write_text(page + "\n", encoding="utf-8")
     (out / "summary.json").write_text(json.dumps(summary(found), indent=1) + "\n", encoding="utf-8")
-    return [*lines, f"tables: {out / 'scaling.md'}", f"records: {out / 'records.jsonl'}"]
+    return [
+        *lines,
+        *memory_lines(found),
+        f"tables: {out / f'{suite}.md'}",
+        f"records: {out / 'records.jsonl'}",
+    ]
 
 
 def summary(found: Sequence[Record]) -> dict[str, Any]:
@@ -50,6 +86,7 @@ def summary(found: Sequence[Record]) -> dict[str, Any]:
         ],
         "agreement": None if agreement is None else agreement._asdict(),
         "exponent_limit": fit.EXPONENT_LIMIT,
+        "state_bytes": [item._asdict() for item in states(found)],
         "verdict": fit.verdict(found),
     }
 
@@ -64,27 +101,93 @@ def provenance(found: Iterable[Record]) -> dict[str, list[Any]]:
 
 
 def _sections(
-    found: Sequence[Record], measured: dict[Name, dict[int, float]], image: str, notes: Sequence[str]
+    found: Sequence[Record],
+    measured: dict[Name, dict[int, float]],
+    image: str,
+    notes: Sequence[str],
+    suite: str,
 ) -> Iterable[str]:
-    yield "# Scaling of attention mechanisms with sequence length"
+    wording = WORDING[suite]
+    direction = found[0]["direction"] if found else "fwd"
+    yield f"# {wording.title}"
     yield fit.verdict(found)
     yield "\n".join(f"- {note}" for note in notes)
     yield "\n".join(f"- {key}: {', '.join(map(str, values))}" for key, values in provenance(found).items())
-    yield (
-        "Milliseconds of one forward call, the median of repeats. Quantization is part of the call. Every "
-        "mechanism met the float64 oracle on these inputs before it was timed."
-    )
+    yield wording.figures.format(call=CALLS.get(direction, ""))
     yield image
     for is_causal in sorted({name[2] for name in measured}):
-        yield f"## {'Causal' if is_causal else 'Not causal'}"
         names = [name for name in measured if name[2] == is_causal]
-        yield _time_table(measured, names)
+        if suite == "decode":
+            yield "## Milliseconds of a token"
+            yield _token_table(found, names)
+        else:
+            yield f"## {'Causal' if is_causal else 'Not causal'}"
+            yield _time_table(measured, names)
         yield _curve_table(measured, names)
     ratios = {(*item[:3], item.length): item.ratio for item in fit.ratios(measured)}
     if ratios:
         yield "## Times faster than exact attention"
         yield _ratio_table(ratios, list(measured))
+    kept = memory_lines(found)
+    if kept:
+        yield "## Bytes kept between tokens"
+        yield "\n".join(f"- {line}" for line in kept)
     yield _not_measured(found)
+
+
+class State(NamedTuple):
+    """What a stream keeps between two tokens."""
+
+    backend: str
+    mechanism: str
+    n_bytes: dict[int, int]  # by context
+
+
+def states(found: Iterable[Record]) -> list[State]:
+    """Of all that was measured token by token."""
+    n_bytes: dict[tuple[str, str], dict[int, int]] = {}
+    for record in sorted(found, key=lambda r: r["length"]):
+        if record["state_bytes"] is not None and record["status"] == "ok":
+            n_bytes.setdefault((record["backend"], record["mechanism"]), {})[record["length"]] = record[
+                "state_bytes"
+            ]
+    return [State(*name, of_length) for name, of_length in n_bytes.items()]
+
+
+def memory_lines(found: Iterable[Record]) -> list[str]:
+    """A line for every stream: its bytes, or those of its shortest and longest context."""
+    lines = []
+    for backend, mechanism, n_bytes in states(found):
+        kind = "cache of keys and values" if mechanism == "exact" else "state"
+        low, high = min(n_bytes), max(n_bytes)
+        text = f"{n_bytes[low]:,} bytes at every length"
+        if len(set(n_bytes.values())) > 1:
+            text = f"{n_bytes[low]:,} bytes at {low:,} tokens, {n_bytes[high]:,} at {high:,}"
+        lines.append(f"{backend} {mechanism} {kind}: {text}")
+    return lines
+
+
+def _token_table(found: Sequence[Record], names: Sequence[Name]) -> str:
+    """Time of a token with its spread, and the bytes of the cache that exact attention needs."""
+    cells = {
+        (r["backend"], r["mechanism"], r["length"]): f"{_milliseconds(r['ms_median'])} "
+        f"({_milliseconds(r['ms_p20'])} ... {_milliseconds(r['ms_p80'])})"
+        for r in found
+        if r["status"] == "ok"
+    }
+    caches = {r["length"]: r["state_bytes"] for r in found if r["mechanism"] == "exact" and r["state_bytes"]}
+    lengths = sorted({length for *_, length in cells})
+    rows = [
+        [
+            f"{length:,}",
+            f"{caches[length]:,}" if length in caches else "",
+            *(cells.get((*name[:2], length), "") for name in names),
+        ]
+        for length in lengths
+    ]
+    return _table(
+        ["context", "cache, bytes", *(f"{mechanism} {backend}" for backend, mechanism, _ in names)], rows
+    )
 
 
 def _time_table(measured: dict[Name, dict[int, float]], names: Sequence[Name]) -> str:

@@ -1,4 +1,4 @@
-"""A run of the scaling suite, from its options to its report and exit code."""
+"""A run of a suite, from its options to its report and exit code."""
 
 import shutil
 import time
@@ -11,7 +11,6 @@ from bench.process import Child
 from bench.progress import Progress
 from bench.session import Options, Session
 
-SUITE = "scaling"
 OVERRUN_S = 15.0  # past max_run_s, after which a point in flight is ended
 
 
@@ -34,7 +33,13 @@ def run(options: Options, start_worker: StartWorker = Child) -> int:
         "job": options.job.to_json(),
     }
     setups = {backend: setup | {"backend": backend} for backend in options.backends}
-    ledger = Ledger(options.out / "records.jsonl", SUITE, options.job, is_resume=options.is_resume)
+    ledger = Ledger(
+        options.out / "records.jsonl",
+        options.suite,
+        options.job,
+        direction=options.direction,
+        is_resume=options.is_resume,
+    )
     pool = Pool(setups, start_worker, begin + options.bench.max_run_s + OVERRUN_S)
     is_interrupted = False
     try:
@@ -53,7 +58,7 @@ def run(options: Options, start_worker: StartWorker = Child) -> int:
         pool.close()
         shutil.rmtree(folder, ignore_errors=True)
     found = ledger.current()
-    for line in report.write(options.out, found, session.notes):
+    for line in report.write(options.out, found, session.notes, options.suite):
         print(line)
     print(fit.verdict(found), flush=True)
     if is_interrupted:

@@ -33,6 +33,8 @@ class Options(NamedTuple):
     device: str
     out: Path
     is_resume: bool
+    suite: str = "scaling"
+    direction: str = "fwd"
 
 
 def plan(options: Options) -> list[tuple[str, Point]]:
@@ -44,7 +46,7 @@ def plan(options: Options) -> list[tuple[str, Point]]:
     lengths = sorted(set(options.bench.lengths))
     first = lengths[:-1:2]
     points = [
-        Point(mechanism, is_causal, length)
+        Point(mechanism, is_causal, length, options.direction)
         for length in lengths
         for mechanism in options.mechanisms
         for is_causal in options.causal
@@ -144,11 +146,12 @@ class Session:
         forms = dict.fromkeys(
             (point.mechanism, point.is_causal)
             for backend, point in self._pending()
-            if not registry.unsupported(point.mechanism, backend, self.job)
+            if not registry.unsupported(backend, self.job, point)
         )
         if not forms:
             return
-        length = verify.verified_length(self.job, min(self.options.bench.lengths))
+        shortest = min(self.options.bench.lengths)
+        length = verify.verified_length(self.job, shortest, self.options.direction)
         trouble = self._fill(length)
         if trouble:
             raise RunError(f"nothing can be verified: {trouble}")
@@ -159,37 +162,42 @@ class Session:
     def _verify_form(self, mechanism: str, is_causal: bool, length: int) -> None:
         name = fit.curve_name(mechanism, is_causal)
         self.progress.now(f"verifying {name}")
-        backends = [b for b in self.options.backends if not registry.unsupported(mechanism, b, self.job)]
-        message = {"do": "verify", "mechanism": mechanism, "is_causal": is_causal, "length": length}
-        expected: list[verify.Array] = []
+        direction = self.options.direction
+        point = Point(mechanism, is_causal, length, direction)
+        backends = [b for b in self.options.backends if not registry.unsupported(b, self.job, point)]
+        expected: dict[str, verify.Array] = {}
         answers = self.pool.ask_all(
             backends,
-            message,
-            lambda: expected.append(verify.expected(mechanism, self.store, length, is_causal)),
+            {"do": "verify", **point._asdict()},
+            lambda: expected.update(verify.expected(mechanism, self.store, length, is_causal, direction)),
         )
-        outs = {
-            b: self.store.read(answer["out"]) for b, answer in answers.items() if answer["status"] == "ok"
+        results = {
+            backend: {part: self.store.read(file) for part, file in answer["outs"].items()}
+            for backend, answer in answers.items()
+            if answer["status"] == "ok"
         }
-        twin_error = verify.error(*outs.values()) if len(outs) == 2 else None
-        limit = verify.limit(self.job.dtype)
+        twin_error = None
+        if len(results) == 2:
+            first, second = results.values()
+            twin_error = max(verify.error(first[part], second[part]) for part in expected)
         for backend, answer in answers.items():
             key = backend, mechanism, is_causal
-            error = verify.error(outs[backend], expected[0]) if backend in outs else None
-            found = {"oracle_error": error, "verified_length": length}
-            found["implementation"] = answer.get("implementation")
-            if error is not None and error <= limit:
+            found = {"verified_length": length, "implementation": answer.get("implementation")}
+            reason: str | None = f"could not be verified: {answer.get('reason')}"
+            if backend in results:
+                errors = verify.compare(results[backend], expected, self.job.dtype)
+                found |= {"oracle_error": errors.out, "gradient_error": errors.gradient}
+                reason = errors.wrong
+            if reason is None:
                 self._verified[key] = found | {"twin_error": twin_error}
                 self._free[backend] = answer["free_bytes"]
-                seen = predict.Seen(length, answer["ms"], implementation=answer["implementation"])
-                self._seen.setdefault(key, []).append(seen)
+                self._remember(key, {"ms_median": answer["ms"], **point._asdict(), **answer})
                 continue
-            reason = f"refused: could not be verified: {answer.get('reason')}"
-            if error is not None:
-                reason = f"refused: relative RMS error {error:.1e} to the oracle, limit {limit:.0e}"
+            reason = f"refused: {reason}"
             self._refused.add(key)
             self._note(f"{backend} {name} {reason}")
-            first = Point(mechanism, is_causal, min(self.options.bench.lengths))
-            self.ledger.add(backend, first, found, {"status": "failed", "reason": reason})
+            shortest = point._replace(length=min(self.options.bench.lengths))
+            self.ledger.add(backend, shortest, found, {"status": "failed", "reason": reason})
 
     # --- measure ---------------------------------------------------------------------------
 
@@ -206,7 +214,7 @@ class Session:
                 self._measure(key, backend, point)
 
     def _measure(self, key: Key, backend: str, point: Point) -> None:
-        label = f"{backend:<5} {point.curve:<12} {point.length:>9,}"
+        label = f"{backend:<5} {point.curve:<19} {point.length:>9,}"
         reason = self._reason_to_skip(key, backend, point) or self._fill(point.length)
         if reason:
             answer: Answer = {"status": "skipped", "reason": reason}
@@ -225,7 +233,7 @@ class Session:
         self.progress.point(f"{label}  {answer['status']}: {answer['reason']}")
 
     def _reason_to_skip(self, key: Key, backend: str, point: Point) -> str | None:
-        reason = registry.unsupported(point.mechanism, backend, self.job)
+        reason = registry.unsupported(backend, self.job, point)
         if reason:
             return reason
         if point.length >= self._no_memory.get(key, point.length + 1):
@@ -246,9 +254,10 @@ class Session:
         seen = predict.Seen(
             measured["length"],
             measured["ms_median"],
-            measured["compile_s"] or 0.0,
-            measured["peak_bytes"],
+            measured.get("compile_s") or 0.0,
+            measured.get("peak_bytes"),
             measured["implementation"],
+            measured.get("feed_s") or 0.0,
         )
         self._seen.setdefault(key, []).append(seen)
 

@@ -1,40 +1,46 @@
 """What a mechanism must give: the float64 oracle on the first tokens of the same inputs."""
 
-from typing import Any
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bench import inputs
+from bench import inputs, registry
 from bench.inputs import Store
-from bench.job import Job
-from vq_common import oracle
+from bench.job import STEP, Job
+from vq_common import oracle, vq_oracle
 from vq_common.tolerances import TOLERANCES, relative_rms
 
 Array = NDArray[np.float64]
 
+GRADIENTS = ("d_q", "d_k", "d_v")
 MAX_LENGTH = 1024
+MAX_BYTES = 2**29  # of the distances of one head to all codes
 MAX_PRODUCTS = 6 * 10**8  # of the dense oracle, which NumPy computes slowly
 TIE = 1e-4  # gap, relative to the vectors, under which rounding may decide
 
 
-def verified_length(job: Job, shortest: int) -> int:
+def verified_length(job: Job, shortest: int, direction: str = "fwd") -> int:
     """Tokens to verify on: the shortest length that is asked for, less where the oracle is slow."""
     length = MAX_LENGTH
     width = job.batch * job.heads * (job.width + job.value_width)
-    while length > 64 and width * length**2 > MAX_PRODUCTS:
+    n_pass = 4 if direction in ("bwd", "fwd+bwd") else 1  # gradients are as many products again
+    distances = 8 * job.batch * max(job.codes_q, job.codes_k) * job.width
+    while length > 64 and (n_pass * width * length**2 > MAX_PRODUCTS or distances * length > MAX_BYTES):
         length //= 2
     return min(length, shortest)
 
 
-def limit(dtype: str) -> float:
-    """Largest relative RMS error to the oracle."""
-    return TOLERANCES[dtype].forward
+def limit(dtype: str, part: str = "out") -> float:
+    """Largest relative RMS error to the oracle, of an output or a gradient."""
+    return TOLERANCES[dtype].forward if part == "out" else TOLERANCES[dtype].gradient
 
 
-def twin_limit(dtype: str) -> float:
+def twin_limit(dtype: str, direction: str = "fwd") -> float:
     """Largest relative RMS difference of two backends that both meet the oracle."""
-    return 2 * limit(dtype)
+    return 2 * limit(dtype, "out" if direction in ("fwd", STEP) else "gradients")
 
 
 def write_inputs(store: Store, length: int) -> None:
@@ -89,40 +95,93 @@ def read_inputs(store: Store, job: Job, length: int, is_causal: bool) -> dict[st
     arrays = {name: store.read(name) for name in names}
     arrays |= {name: store.read(f"verify_{name}") for name in ("q", "k", "v")}
     arrays["sample_ids"] = inputs.sample_ids(job, length, is_causal)
+    arrays["d_out"] = inputs.cotangent(job, length)
     return arrays
 
 
-def expected(mechanism: str, store: Store, length: int, is_causal: bool) -> Array:
-    """The oracle's output `[B, T, H, V]` for `read_inputs`."""
+def named(direction: str, result: Any) -> dict[str, Any]:
+    """The parts of what a call of a direction returns: 'out', 'd_q', 'd_k', 'd_v'."""
+    if direction == "bwd":
+        return dict(zip(GRADIENTS, result, strict=True))
+    if direction == "fwd+bwd":
+        return {"out": result[0], **dict(zip(GRADIENTS, result[1], strict=True))}
+    return {"out": result}
+
+
+def expected(
+    mechanism: str, store: Store, length: int, is_causal: bool, direction: str = "fwd"
+) -> dict[str, Array]:
+    """What `named` should give for `read_inputs`; a step gives the last token `[B, 1, H, V]`."""
     job = store.job.at_verification(mechanism, is_causal, length)
     raw = read_inputs(store, job, length, is_causal)
-    q, k, v = (store.to_float64(raw[name]) for name in ("q", "k", "v"))
-    if mechanism in ("vq_qk", "vq_k"):
-        k = _quantize(k, raw["codebook_k"])
-        q = _quantize(q, raw["codebook_q"]) if mechanism == "vq_qk" else q
-    if mechanism == "hyper":
-        weight = oracle.hyper_weight(
-            q,
-            k,
-            raw["directions"].astype(np.float64),
-            raw["sample_ids"].astype(np.int64),
-            is_causal=is_causal,
-            block_size=job.block_size,
-            min_seq_len=job.min_seq_len,
-        )
-    else:
-        weight = oracle.visible(length, length, is_causal=is_causal)
-    return oracle.softmax_attention(q, k, v, weight, 1.0).out
+    arrays = {name: store.to_float64(raw[name]) for name in ("q", "k", "v", "d_out")}
+    arrays |= {name: raw[name].astype(np.float64) for name in ("codebook_q", "codebook_k", "directions")}
+    arrays["sample_ids"] = raw["sample_ids"].astype(np.int64)
+    has_out, has_gradients = direction != "bwd", direction in ("bwd", "fwd+bwd")
+    is_vq = mechanism not in ("hyper", "exact")
+    heads = []
+    for h in range(job.heads):
+        arrays_h = {name: _head(name, x, h) for name, x in arrays.items()}
+        define = _vq_definition if is_vq else _weighted_definition
+        out, gradients = define(mechanism, job, is_causal, arrays_h)
+        found = {"out": out()} if has_out else {}
+        if has_gradients:
+            found |= dict(zip(GRADIENTS, gradients()[:3], strict=True))
+        heads.append(found)
+    whole = {part: np.concatenate([found[part] for found in heads], axis=2) for part in heads[0]}
+    return {part: x[:, -1:] for part, x in whole.items()} if direction == STEP else whole
 
 
-def _quantize(x: Array, codebook: NDArray[Any]) -> Array:
-    """The nearest codes, by pieces of time: the oracle compares every vector with every code."""
-    codebook = codebook.astype(np.float64)
-    piece = max(2**24 // (x.shape[0] * codebook.size), 1)
-    pieces = [x[:, i : i + piece] for i in range(0, x.shape[1], piece)]
-    return np.concatenate(
-        [oracle.take_codes(codebook, oracle.nearest_codes(part, codebook)) for part in pieces], axis=1
+def _head(name: str, x: NDArray[Any], h: int) -> NDArray[Any]:
+    """An array of one head alone: the definitions are dense in all heads at once."""
+    if name == "sample_ids":
+        return x[..., h : h + 1]
+    return x[h : h + 1] if name in ("codebook_q", "codebook_k", "directions") else x[:, :, h : h + 1]
+
+
+def _vq_definition(mechanism: str, job: Job, is_causal: bool, x: dict[str, Any]) -> tuple[Any, Any]:
+    """Output and gradients of attention over codes, each when it is called."""
+    has_query_codes = "codebook_q" in registry.MECHANISMS[mechanism].arrays
+    inputs = x["q"], x["k"], x["v"], x["codebook_q"] if has_query_codes else None, x["codebook_k"]
+    options = {"is_causal": is_causal, "scale": 1.0, **registry.vq_options(mechanism, job)}
+    return (
+        partial(vq_oracle.vq_attention, *inputs, **options),
+        partial(vq_oracle.vq_attention_gradients, *inputs, x["d_out"], **options),
     )
+
+
+def _weighted_definition(mechanism: str, job: Job, is_causal: bool, x: dict[str, Any]) -> tuple[Any, Any]:
+    """The same of exact attention and HyperAttention: a softmax with weights."""
+    q, k, v = x["q"], x["k"], x["v"]
+    if mechanism == "hyper":
+        sizes = {"block_size": job.block_size, "min_seq_len": job.min_seq_len}
+        weight = oracle.hyper_weight(q, k, x["directions"], x["sample_ids"], is_causal=is_causal, **sizes)
+    else:
+        weight = oracle.visible(q.shape[1], k.shape[1], is_causal=is_causal)
+    return (
+        lambda: oracle.softmax_attention(q, k, v, weight, 1.0).out,
+        lambda: oracle.softmax_attention_gradients(q, k, v, weight, 1.0, x["d_out"]),
+    )
+
+
+class Errors(NamedTuple):
+    """Relative RMS errors to the oracle."""
+
+    out: float | None
+    gradient: float | None  # the largest of q, k and v
+    wrong: str | None  # what is over its limit, for people
+
+
+def compare(found: Mapping[str, Array], reference: Mapping[str, Array], dtype: str) -> Errors:
+    """How far the parts of a result are from the oracle, and the part that is wrong, if one is."""
+    errors = {part: error(found[part], reference[part]) for part in reference}
+    gradients = [errors[part] for part in GRADIENTS if part in errors]
+    wrong = next((part for part, x in errors.items() if x > limit(dtype, part)), None)
+    reason = None
+    if wrong is not None:
+        of = "" if wrong == "out" else f" of {wrong}"
+        reason = f"relative RMS error {errors[wrong]:.1e}{of} to the oracle, limit {limit(dtype, wrong):.0e}"
+    return Errors(errors.get("out"), max(gradients, default=None), reason)
 
 
 def error(out: Array, reference: Array) -> float:

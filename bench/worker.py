@@ -10,13 +10,16 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from bench import inputs, measure, registry, verify
+from bench.decode import Decoder
 from bench.inputs import Store
-from bench.job import Job, Point
+from bench.job import STEP, Job, Point
+from bench.measure import Program
 from bench.prepare import Preparer
 
 Answer = dict[str, Any]
@@ -33,8 +36,9 @@ class Worker:
     def __init__(self, backend: Any, store: Store) -> None:
         self.backend, self.store, self.job = backend, store, store.job
         self._arrays: dict[str, Any] = {}
-        self._length = 0
-        self._verified: dict[tuple[str, bool, int], measure.Program] = {}
+        self._loaded = 0, ""  # the length and direction of the arrays
+        self._verified: dict[Point, Program] = {}
+        self._decoder = Decoder(backend)
         self._quantize_ms: dict[tuple[str, int], float] = {}
         self._prepares: Preparer | None = None
 
@@ -65,49 +69,102 @@ class Worker:
         """Prepare tokens up to `length`; `filled` are there, perhaps by a process before this one."""
         return {"status": "ok", "filled": self._preparer().fill(length, filled)}
 
-    def verify(self, mechanism: str, is_causal: bool, length: int) -> Answer:
-        """Run a mechanism once on the inputs that the oracle gets, and write what comes out."""
+    def verify(self, mechanism: str, is_causal: bool, length: int, direction: str = "fwd") -> Answer:
+        """Run what is to be timed once on the inputs that the oracle gets, and write what comes out."""
         job = self.job.at_verification(mechanism, is_causal, length)
         raw = verify.read_inputs(self.store, job, length, is_causal)
-        arrays = self._on_device(raw, mechanism, job)
-        built = registry.build(mechanism, self.backend.name, job, is_causal, arrays)
-        program = self.backend.compile(built.fn, arrays)
-        if job == self.job:
-            self._verified[mechanism, is_causal, length] = program
-        out = self.backend.numpy(program.run(*arrays))
-        name = f"out_{self.backend.name}_{mechanism}_{'causal' if is_causal else 'full'}"
-        self.store.write(name, out)
+        found: Answer = {"status": "ok"}
+        if direction == STEP:
+            ready = self._decoder.at(
+                mechanism,
+                job,
+                length,
+                lambda name, start, stop: self._array(name, raw[name][:, start:stop], job),
+                tuple(self._array(name, raw[name], job) for name in _codebooks(mechanism)),
+            )
+            program, arrays, found["implementation"] = ready.program, ready.arrays, ready.implementation
+            found["feed_s"] = ready.feed_s
+        else:
+            names = registry.MECHANISMS[mechanism].arrays
+            arrays = tuple(self._array(name, raw[name], job, direction) for name in names)
+            built = registry.build(mechanism, self.backend.name, job, is_causal, arrays)
+            if direction != "fwd":
+                arrays = *arrays, self._array("d_out", raw["d_out"], job)
+            program, found["implementation"] = (
+                self.backend.compile(built.fn, arrays, direction),
+                built.implementation,
+            )
+            if job == self.job:
+                self._verified[Point(mechanism, is_causal, length, direction)] = program
+        arguments = program.arguments(arrays)
+        parts = verify.named(direction, program.run(*arguments))
+        prefix = f"out_{self.backend.name}_{mechanism}_{'causal' if is_causal else 'full'}"
+        for part, x in parts.items():
+            self.store.write(f"{prefix}_{part}", self.backend.numpy(x))
         start = time.perf_counter()
-        self.backend.device.synchronize(program.run(*arrays))
+        self.backend.device.synchronize(program.run(*arguments))
         ms = 1e3 * (time.perf_counter() - start)
-        return {"status": "ok", "out": name, "ms": ms, "implementation": built.implementation, **self._free()}
+        outs = {part: f"{prefix}_{part}" for part in parts}
+        return found | {"outs": outs, "ms": ms, **self._free()}
 
-    def measure(self, mechanism: str, is_causal: bool, length: int, max_bytes: int) -> Answer:
+    def measure(
+        self, mechanism: str, is_causal: bool, length: int, max_bytes: int, direction: str = "fwd"
+    ) -> Answer:
         """Time a point; one that needs more than `max_bytes`, where that shows first, is skipped."""
-        if length != self._length:
+        point = Point(mechanism, is_causal, length, direction)
+        if (length, direction) != self._loaded:
             self._forget()
-            self._length = length
-        arrays = self._point_arrays(Point(mechanism, is_causal, length))
-        built = registry.build(mechanism, self.backend.name, self.job, is_causal, arrays)
-        program = self._verified.pop((mechanism, is_causal, length), None)
-        program = program or self.backend.compile(built.fn, arrays)
+            self._loaded = length, direction
+        return (
+            self._measure_step(point, max_bytes)
+            if direction == STEP
+            else self._measure_call(point, max_bytes)
+        )
+
+    def _measure_call(self, point: Point, max_bytes: int) -> Answer:
+        arrays = self._point_arrays(point)
+        built = registry.build(point.mechanism, self.backend.name, self.job, point.is_causal, arrays)
+        if point.direction != "fwd":
+            arrays = *arrays, self._load("d_out", lambda: inputs.cotangent(self.job, point.length))
+        program = self._verified.pop(point, None)
+        program = program or self.backend.compile(built.fn, arrays, point.direction)
+        answer = self._time(program, arrays, max_bytes)
+        del program, arrays
+        if answer["status"] == "ok":
+            answer["implementation"] = built.implementation
+            is_timed = point.direction != "bwd"
+            answer["quantize_ms"] = self._quantization_ms(point.mechanism, point.length) if is_timed else None
+        self.backend.release()
+        return answer | self._free()
+
+    def _measure_step(self, point: Point, max_bytes: int) -> Answer:
+        codebooks = _codebooks(point.mechanism)
+        ready = self._decoder.at(
+            point.mechanism,
+            self.job,
+            point.length,
+            lambda name, start, stop: self._array(name, self.store.read_tokens(name, stop, start), self.job),
+            tuple(self._load(name, partial(self.store.read, name)) for name in codebooks),
+        )
+        answer = self._time(ready.program, ready.arrays, max_bytes)
+        answer |= {key: getattr(ready, key) for key in ("implementation", "state_bytes", "feed_s")}
+        del ready
+        self.backend.release()
+        return answer | {"quantize_ms": None} | self._free()
+
+    def _time(self, program: Program, arrays: tuple[Any, ...], max_bytes: int) -> Answer:
         if program.peak_bytes is not None and program.peak_bytes > max_bytes:
             reason = f"needs {program.peak_bytes / 2**30:.1f} GiB, {max_bytes / 2**30:.1f} GiB may be used"
-            return {"status": "skipped", "reason": reason, **self._free()}
+            return {"status": "skipped", "reason": reason}
         times, peak = self.backend.times(program, arrays)
-        answer = {
+        return {
             "status": "ok",
-            "implementation": built.implementation,
             "timing": self.backend.timing,
             **measure.spread(times)._asdict(),
             "compile_s": program.compile_s,
-            "quantize_ms": self._quantization_ms(mechanism, length),
             "peak_bytes": peak,
             "temp_bytes": program.temp_bytes,
         }
-        del program, arrays
-        self.backend.release()
-        return answer | self._free()
 
     def _quantization_ms(self, mechanism: str, length: int) -> float | None:
         """Milliseconds to find the codes that the mechanism finds inside its timed call."""
@@ -123,42 +180,52 @@ class Worker:
 
     def _codes_ms(self, name: str, codebook: str) -> float:
         arrays = self._arrays[name], self._arrays[codebook]
-        program = measure.Program(self.backend.nearest_codes)
+        program = Program(self.backend.nearest_codes)
         self.backend.device.synchronize(program.run(*arrays))
         times, _ = self.backend.times(program, arrays)
         return measure.spread(times).ms_median
 
     def _point_arrays(self, point: Point) -> tuple[Any, ...]:
+        """The arguments of a mechanism, on the device while points of this length go on."""
+
+        def read(name: str) -> Any:
+            is_token = name in registry.DIFFERENTIABLE
+            return self.store.read_tokens(name, point.length) if is_token else self.store.read(name)
+
         names = registry.MECHANISMS[point.mechanism].arrays
-        for name in names:
-            if name == "sample_ids":
-                ids = inputs.sample_ids(self.job, point.length, point.is_causal)
-                self._arrays[name] = self.backend.array(ids, "int32")
-            elif name not in self._arrays:
-                is_token = name in ("q", "k", "v")
-                raw = self.store.read_tokens(name, point.length) if is_token else self.store.read(name)
-                self._arrays[name] = self._array(name, raw, self.job)
-        return tuple(self._arrays[name] for name in names)
+        if "sample_ids" in names:
+            ids = inputs.sample_ids(self.job, point.length, point.is_causal)
+            self._arrays["sample_ids"] = self._array("sample_ids", ids, self.job)
+        return tuple(self._load(name, partial(read, name), point.direction) for name in names)
+
+    def _load(self, name: str, read: Callable[[], Any], direction: str = "fwd") -> Any:
+        if name not in self._arrays:
+            self._arrays[name] = self._array(name, read(), self.job, direction)
+        return self._arrays[name]
 
     def _preparer(self) -> Preparer:
         if self._prepares is None:
             self._prepares = Preparer(self.store, self.backend)
         return self._prepares
 
-    def _on_device(self, raw: dict[str, Any], mechanism: str, job: Job) -> tuple[Any, ...]:
-        return tuple(self._array(name, raw[name], job) for name in registry.MECHANISMS[mechanism].arrays)
-
-    def _array(self, name: str, raw: np.ndarray[Any, Any], job: Job) -> Any:
+    def _array(self, name: str, raw: np.ndarray[Any, Any], job: Job, direction: str = "fwd") -> Any:
         _, dtype = registry.array_shapes(job, 0, 0)[name]
-        return self.backend.array(raw, dtype)
+        array = self.backend.array(raw, dtype)
+        is_primal = direction in ("bwd", "fwd+bwd") and name in registry.DIFFERENTIABLE
+        return self.backend.primal(array) if is_primal else array
 
     def _forget(self) -> None:
         self._arrays.clear()
-        self._length = 0
+        self._loaded = 0, ""
         self.backend.release()
 
     def _free(self) -> Answer:
         return {"free_bytes": self.backend.device.free_bytes()}
+
+
+def _codebooks(mechanism: str) -> tuple[str, ...]:
+    """Names of the codebooks of a mechanism, those of queries first."""
+    return tuple(codebook for _, codebook in registry.MECHANISMS[mechanism].quantized)
 
 
 def _first_line(text: str) -> str:

@@ -1,6 +1,7 @@
 """Bad inputs of every op and the errors they get, as one table."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,8 +81,10 @@ def wrong_value(op: str, message: str, **changes: Any) -> Bad:
 def shapes_of_attention(op: str) -> Iterator[Bad]:
     yield wrong(op, "q must have 4 axes, found shape (2, 9, 5)", q=f32(B, T, D))
     yield wrong(op, "v must have 4 axes, found shape (2, 7, 3, 4, 1)", v=f32(B, S, H, V, 1))
-    for k in ((B + 1, S, H, D), (1, S, H, D), (B, S, H + 1, D), (B, S, 1, D), (B, S, H, D + 1)):
-        yield wrong(op, f"k must match q …, found q (2, 9, 3, 5) and k {k}", k=f32(*k))
+    # Attention over codes takes key heads that divide the query heads.
+    n_key_head = 2 if op == "vq_attention" else 1
+    for k in ((B + 1, S, H, D), (1, S, H, D), (B, S, H + 1, D), (B, S, n_key_head, D), (B, S, H, D + 1)):
+        yield wrong(op, f"k must …, found q (2, 9, 3, 5) and k {k}", k=f32(*k))
     for v in ((B + 1, S, H, V), (B, T, H, V), (B, S, 1, V)):
         yield wrong(op, f"v must match k …, found k (2, 7, 3, 5) and v {v}", v=f32(*v))
     yield wrong(op, "k must be as long as q …, found q (2, 9, 3, 5) and k (2, 7, 3, 5)", is_causal=True)
@@ -136,6 +139,56 @@ def other_shapes() -> Iterator[Bad]:
         message = f"state must be … of x, found sum {total} and x (2, 9, 3, 5)"
         yield wrong("ema_update", message, sum=f32(*total))
     yield wrong("ema_update", "state.count must have 2 axes, found shape (6,)", count=f32(C))
+
+
+def of_vq_attention() -> Iterator[Bad]:
+    """Window, sinks, local vectors, documents and streaming."""
+    wrong_here = partial(wrong, "vq_attention")
+    mistyped_here = partial(mistyped, "vq_attention")
+    square: dict[str, Any] = {"k": X, "v": OUT, "is_causal": True}
+    for name in ("mem_len", "n_sink"):
+        yield wrong_here(f"{name} …is_causal", **square | {"is_causal": False, name: 1})
+        for value in (-1, -5):
+            yield wrong_here(f"{name} must be an int >= 0, found {value}", **square, **{name: value})
+        for other in (True, 1.5, 2.0, "8", None):
+            yield mistyped_here(f"{name} must be an int >= 0, found {other!r} (", **square, **{name: other})
+    yield wrong_here("return_state …is_causal", return_state=True)
+
+    local: dict[str, np.ndarray] = {"q_local": f32(B, T, H, 6), "k_local": f32(B, T, H, 6)}
+    for name, shape in (
+        ("q_local", (B + 1, T, H, 6)),
+        ("q_local", (B, T - 1, H, 6)),
+        ("q_local", (B, T, 1, 6)),
+        ("k_local", (1, T, H, 6)),
+        ("k_local", (B, T + 1, H, 6)),
+        ("k_local", (B, T, H + 1, 6)),
+    ):
+        message = f"{name} must …{shape}…(2, 9, 3, 5)"
+        yield wrong_here(message, **square | local | {name: f32(*shape)})
+    message = "k_local must …(2, 9, 3, 7) and …(2, 9, 3, 6)"
+    yield wrong_here(message, **square | local | {"k_local": f32(B, T, H, 7)})
+    for name, array in local.items():
+        both = square | local
+        yield wrong_here(f"{name} must have 4 axes, found shape (9, 3, 6)", **both | {name: array[0]})
+        for dtype, message in (("float64", "have the dtype of …"), ("int32", "be one of …")):
+            yield mistyped_here(f"{name} must {message}…{dtype}", **both | {name: array.astype(dtype)})
+        yield mistyped_here(f"{name} must be a…, found list", **both | {name: array.tolist()})
+
+    for shape in ((H + 1,), (1,)):
+        yield wrong_here(f"code_bias must …{shape}…(2, 9, 3, 5)", code_bias=f32(*shape))
+    yield wrong_here("code_bias must have 1 axes, found shape (3, 1)", code_bias=f32(H, 1))
+    yield mistyped_here("code_bias must be one of …", code_bias=i32(H))
+    yield mistyped_here("code_bias must be a…, found list", code_bias=[0.0] * H)
+
+    for shape in ((B, T + 1), (1, T), (T, B)):
+        yield wrong_here(f"segment_ids must …{shape}…(2, 9, 3, 5)", **square, segment_ids=i32(*shape))
+    yield wrong_here("segment_ids must have 2 axes, found shape (9,)", **square, segment_ids=i32(T))
+    for dtype in ("float32", "bool"):
+        ids = np.zeros((B, T), dtype)
+        yield mistyped_here(f"segment_ids must be integers, found …{dtype}", **square, segment_ids=ids)
+    yield mistyped_here("segment_ids must be a…, found list", **square, segment_ids=[[0] * T] * B)
+    # Documents are of one sequence: as many keys as queries.
+    yield wrong_here("segment_ids …(2, 9, 3, 5)…(2, 7, 3, 5)", segment_ids=i32(B, T))
 
 
 def types() -> Iterator[Bad]:
@@ -224,6 +277,7 @@ ERRORS = (
     *(bad for op in MASKED for bad in shapes_of_masks(op)),
     *(bad for book in BOOKS for bad in shapes_of_books(*book)),
     *other_shapes(),
+    *of_vq_attention(),
     *types(),
     *numbers(),
     *values(),

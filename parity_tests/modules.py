@@ -25,6 +25,10 @@ class ModuleCase(NamedTuple):
     batch: int = 2
     is_causal: bool = False
     is_padded: bool = False  # the second sequence is all padding
+    mem_len: int = 0
+    n_sink: int = 0
+    conv_width: int = 0
+    has_segments: bool = False  # where the mechanism takes them
 
 
 CASES = {
@@ -33,6 +37,9 @@ CASES = {
     "causal": ModuleCase(63, is_causal=True),
     "causal_padded": ModuleCase(59, batch=3, is_causal=True, is_padded=True),
     "one_token": ModuleCase(1, is_causal=True),
+    "window_conv": ModuleCase(47, is_causal=True, mem_len=5, n_sink=2, conv_width=4, has_segments=True),
+    "window_conv_padded": ModuleCase(41, 3, True, is_padded=True, mem_len=19, n_sink=1, conv_width=4),
+    "conv_full": ModuleCase(37, is_padded=True, batch=3, conv_width=4, has_segments=True),
 }
 
 
@@ -75,6 +82,7 @@ def make_config(dtype: str, **changes: Any) -> TransformerConfig:
 def _draw(mechanism: str, case: ModuleCase, dtype: str, seed: int) -> Inputs:
     rng = np.random.default_rng(seed)
     changes: dict[str, Any] = {"block_len": 16, "c_beta": 0.3, "is_causal": case.is_causal}
+    changes |= {name: getattr(case, name) for name in ("mem_len", "n_sink", "conv_width")}
     if dtype == "bfloat16":
         changes |= {"d_model": 61, "n_code_q": 3, "n_code_k": 5}
     config = make_config(dtype, **changes)
@@ -88,6 +96,8 @@ def _draw(mechanism: str, case: ModuleCase, dtype: str, seed: int) -> Inputs:
         extra["mask"] = rng.random(shape[:2]) > 0.2
         extra["mask"][0, : case.length // 3] = False
         extra["mask"][1] = False
+    if case.has_segments and mechanism.startswith("VQ"):
+        extra["segment_ids"] = np.cumsum(rng.random(shape[:2]) < 0.1, axis=1, dtype=np.int32)
     if mechanism == "HyperAttention":
         sizes = np.array(_sample_sizes(case), np.int32)
         drawn = case.batch, len(sizes), HYPER["n_sample"], config.n_head
@@ -107,7 +117,8 @@ def _sample_sizes(case: ModuleCase) -> list[int]:
 
 def _is_settled(mechanism: str, drawn: Inputs) -> bool:
     """Whether no code and no hash changes when q and k move by the forward tolerance, relative."""
-    q, k, _, _ = module_oracle.project(drawn.weights, drawn.x, drawn.config)
+    documents = {name: drawn.extra.get(name) for name in ("mask", "segment_ids")}
+    q, k, _, _ = module_oracle.project(drawn.weights, drawn.x, drawn.config, **documents)
     relative = TOLERANCES[drawn.config.dtype].forward
     if mechanism == "HyperAttention":
         return all(_hash_is_settled(x, drawn.weights["directions"], relative) for x in (q, k))
@@ -127,7 +138,7 @@ def _codes_are_settled(x: NDArray[Any], codebook: NDArray[Any], relative: float)
 def _hash_is_settled(x: NDArray[Any], directions: NDArray[Any], relative: float) -> bool:
     product = np.abs(np.einsum("bthd,hpd->bthp", x, directions))
     size = np.linalg.norm(x, axis=-1)[..., None] * np.linalg.norm(directions, axis=-1)
-    return bool(np.all(product > relative * size))
+    return bool(np.all((product > relative * size) | (size == 0)))
 
 
 def expected_output(mechanism: str, drawn: Inputs) -> NDArray[np.float64]:

@@ -106,15 +106,15 @@ class FakeWorker:
     def _fill(self, length: int, filled: int) -> dict[str, Any]:
         return {"status": "ok", "filled": Preparer(self.store, FakeBackend()).fill(length, filled)}
 
-    def _verify(self, mechanism: str, is_causal: bool, length: int) -> dict[str, Any]:
-        out = verify.expected(mechanism, self.store, length, is_causal)
-        if mechanism in self.wrong:
-            out = out * 1.001
-        self.store.write(f"out_{self.backend}", out)
-        ok = {"status": "ok", "out": f"out_{self.backend}", "implementation": "fake", "free_bytes": 2**40}
+    def _verify(self, mechanism: str, is_causal: bool, length: int, direction: str) -> dict[str, Any]:
+        found = verify.expected(mechanism, self.store, length, is_causal, direction)
+        for part, x in found.items():
+            self.store.write(f"{self.backend}_{part}", x * 1.001 if mechanism in self.wrong else x)
+        outs = {part: f"{self.backend}_{part}" for part in found}
+        ok = {"status": "ok", "outs": outs, "implementation": "fake", "free_bytes": 2**40}
         return ok | {"ms": self.ms[mechanism] * length}
 
-    def _measure(self, mechanism: str, is_causal: bool, length: int, max_bytes: int) -> Any:
+    def _measure(self, mechanism: str, is_causal: bool, length: int, max_bytes: int, direction: str) -> Any:
         self.measured.append((self.backend, mechanism, length))
         if (mechanism, length) in self.mishaps:
             return self.mishaps[mechanism, length]
@@ -295,8 +295,10 @@ def test_torch_meets_the_oracle_in_every_mechanism(tmp_path: Path, dtype: str, k
         causal=(False, True),
     )
     assert runner.run(asked, InProcess) == 0
-    found = of(tmp_path)
-    assert [r["status"] for r in found] == ["ok"] * 8
+    found = of(tmp_path, status="ok")
+    assert len(found) == 10
+    (reason,) = {r["reason"] for r in of(tmp_path, status="skipped")}
+    assert reason == "an exact window is of causal attention only"
     assert all(0 < r["oracle_error"] <= verify.limit(dtype) for r in found)
     assert all((r["quantize_ms"] is not None) == r["mechanism"].startswith("vq") for r in found)
     assert all(r["peak_bytes"] > 0 and r["ms_p20"] <= r["ms_median"] <= r["ms_p80"] for r in found)
@@ -477,7 +479,7 @@ def record(backend: str, mechanism: str, length: int, ms: float | None, **change
     found: records.Record = dict.fromkeys(records.KEYS)
     found |= {"backend": backend, "mechanism": mechanism, "is_causal": True, "length": length}
     found |= {"status": "ok" if ms else "skipped", "ms_median": ms, "dtype": "float32", "twin_error": 1e-7}
-    return found | changes
+    return found | {"direction": "fwd"} | changes
 
 
 def curve(backend: str, mechanism: str, slope: float, factor: float, **changes: Any) -> list[records.Record]:

@@ -33,6 +33,7 @@ from parity_tests.modules import (
 from parity_tests.support import assert_close, to_jax, to_numpy, to_torch
 from vq_common import TransformerConfig, load_config
 from vq_common.module_oracle import MECHANISMS
+from vq_common.tolerances import relative_rms
 
 CONF = Path(__file__).parents[1] / "conf.yml"
 FORWARD = (
@@ -42,7 +43,7 @@ FORWARD = (
     ("full", "bfloat16"),
     ("causal_padded", "bfloat16"),
 )
-GRADIENT = (("causal_padded", "float64"), ("full_padded", "float32"))
+GRADIENT = (("causal_padded", "float64"), ("full_padded", "float32"), ("window_conv", "float64"))
 
 # Flax's LayerNorm and optax mix dtypes themselves.
 pytestmark = pytest.mark.standard_promotion
@@ -103,7 +104,8 @@ def test_gradients(mechanism: str, name: str, dtype: str, tmp_path: Path, torch_
     for ours, its in zip(in_jax.outputs, in_torch.outputs, strict=True):
         assert_close(ours, its, dtype)
     assert_close(in_jax.x, in_torch.x, dtype, "gradient")
-    assert set(in_torch.parameters) == {key for key in drawn.weights if key.endswith((".weight", ".bias"))}
+    learned = (".weight", ".bias", "conv_weight", "code_bias")
+    assert set(in_torch.parameters) == {key for key in drawn.weights if key.endswith(learned)}
     for key, gradient in in_torch.parameters.items():
         assert gradient.any(), key
         assert_close(in_jax.parameters[key], gradient, dtype, "gradient")
@@ -186,20 +188,21 @@ def test_no_gradient_reaches_a_codebook(backend: str, tmp_path: Path, torch_devi
         assert not to_numpy(gradient).any()
 
 
-@pytest.mark.float64
-def test_three_steps_of_adamw(tmp_path: Path, torch_device: torch.device) -> None:
+@pytest.mark.parametrize("dtype, rtol", [("float64", 1e-10), ("float32", 1e-5)])
+def test_ten_steps_of_adamw(dtype: str, rtol: float, tmp_path: Path, torch_device: torch.device) -> None:
     """The same losses, weights and codebooks in both backends. Without dead codes nothing is random."""
     mechanism = "VQAttentionQK"
-    drawn = inputs(mechanism, "causal_padded", "float64")
+    drawn = inputs(mechanism, "window_conv", dtype)
     config = dataclasses.replace(drawn.config, c_dead=0.0)
     path = write_weights(tmp_path / "weights", drawn)
     settings: dict[str, Any] = {"eps": 1e-8, "weight_decay": 0.1}
+    rate = 1e-3  # no code flips by rounding on the way
 
     in_jax = jax_module(mechanism, config, path)
     in_jax.train()
-    optimizer = nnx.Optimizer(in_jax, optax.adamw(1e-2, b1=0.9, b2=0.95, **settings), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(in_jax, optax.adamw(rate, b1=0.9, b2=0.95, **settings), wrt=nnx.Param)
     x, extra = drawn.jax()
-    d_out = to_jax(drawn.d_out)
+    d_out = to_jax(drawn.d_out, dtype)
 
     @nnx.jit
     def step(module: Any, optimizer: Any) -> Any:
@@ -207,30 +210,79 @@ def test_three_steps_of_adamw(tmp_path: Path, torch_device: torch.device) -> Non
         optimizer.update(module, gradients)
         return loss
 
-    losses_jax = [float(step(in_jax, optimizer)) for _ in range(3)]
+    losses_jax = [float(step(in_jax, optimizer)) for _ in range(10)]
 
     in_torch = torch_module(mechanism, config, path, device=torch_device).train()
-    adamw = torch.optim.AdamW(in_torch.parameters(), lr=1e-2, betas=(0.9, 0.95), **settings)
+    adamw = torch.optim.AdamW(in_torch.parameters(), lr=rate, betas=(0.9, 0.95), **settings)
     x_torch, extra_torch = drawn.torch(torch_device)
-    d_out_torch = to_torch(drawn.d_out, "float64", torch_device)
+    d_out_torch = to_torch(drawn.d_out, dtype, torch_device)
     losses_torch = []
-    for _ in range(3):
+    for _ in range(10):
         adamw.zero_grad()
         loss = _loss(_outputs(in_torch, x_torch, extra_torch), d_out_torch)
         loss.backward()
         adamw.step()
         losses_torch.append(float(loss.detach()))
 
-    np.testing.assert_allclose(losses_jax, losses_torch, rtol=1e-10)
-    assert len(set(losses_jax)) == 3
+    np.testing.assert_allclose(losses_jax, losses_torch, rtol=rtol)
+    assert len(set(losses_jax)) == 10
     jax_vq.save_weights(in_jax, tmp_path / "jax")
     torch_ref.save_weights(in_torch, tmp_path / "torch")
     after_jax, after_torch = load_file(tmp_path / "jax"), load_file(tmp_path / "torch")
     for name, before in drawn.weights.items():
-        assert_close(after_jax[name], after_torch[name], "float64", "gradient")
+        assert relative_rms(after_jax[name], after_torch[name]) <= 10 * rtol, name
         assert np.array_equal(after_jax[name], before) == (
             name in ("directions",) or name.endswith("is_fitted")
         )
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+@pytest.mark.parametrize("mechanism", ["VQAttentionQK", "VQAttention"])
+def test_pieces_and_steps_give_what_the_whole_gives(
+    mechanism: str, backend: str, tmp_path: Path, torch_device: torch.device
+) -> None:
+    """With a window, sinks, the convolution and documents; the state of a module has all that is needed."""
+    drawn = inputs(mechanism, "window_conv", "float64")
+    path = write_weights(tmp_path / "weights", drawn)
+    x, segment_ids = drawn.x, drawn.extra["segment_ids"].copy()
+    segment_ids[:, 30:] = segment_ids[:, 30:31]  # steps go on in one document
+    if backend == "jax":
+        module, convert = jax_module(mechanism, drawn.config, path), to_jax
+    else:
+        module = torch_module(mechanism, drawn.config, path, device=torch_device)
+        convert = partial(to_torch, device=torch_device)
+    module.eval()
+    whole = to_numpy(module(convert(x), segment_ids=convert(segment_ids)))
+    state, outs = module.init_state(len(x)), []
+    for piece in (slice(0, 3), slice(3, 26), slice(26, 40)):
+        out, state = module(
+            convert(x[:, piece]), segment_ids=convert(segment_ids[:, piece]), state=state, return_state=True
+        )
+        outs.append(to_numpy(out))
+    for t in range(40, x.shape[1]):
+        out, state = module.step(convert(x[:, t : t + 1]), state)
+        outs.append(to_numpy(out))
+    assert_close(np.concatenate(outs, axis=1), whole, "float64")
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_a_packed_document_gives_what_it_gives_alone(
+    backend: str, tmp_path: Path, torch_device: torch.device
+) -> None:
+    """Convolution, rotary positions, window and sinks all start anew."""
+    drawn = inputs("VQAttentionQK", "window_conv", "float64")
+    path = write_weights(tmp_path / "weights", drawn)
+    if backend == "jax":
+        module, convert = jax_module("VQAttentionQK", drawn.config, path), to_jax
+    else:
+        module = torch_module("VQAttentionQK", drawn.config, path, device=torch_device)
+        convert = partial(to_torch, device=torch_device)
+    module.eval()
+    x = drawn.x[:1, :40]
+    segment_ids = np.repeat(np.array([[4, 1]], np.int32), (17, 23), axis=1)
+    packed = to_numpy(module(convert(x), segment_ids=convert(segment_ids)))
+    alone = to_numpy(module(convert(x[:, 17:])))
+    assert_close(packed[:, 17:], alone, "float64")
 
 
 def _changes(config: TransformerConfig) -> dict[str, Any]:

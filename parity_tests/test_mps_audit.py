@@ -1,6 +1,7 @@
 """What the float32 path of `torch_ref` asks of MPS, traced on the CPU and held against `mps_rules`."""
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -61,6 +62,32 @@ def vq_attention(make: Inputs, is_causal: bool, is_padded: bool) -> None:
             q, k, v, codebook_q, codebook_k, is_causal=is_causal, mask=mask, block_len=4
         )
         differentiate(out)
+
+
+def exact_and_coded(make: Inputs, is_causal: bool, is_padded: bool) -> None:
+    """Documents, grouped heads and a bias; causal also a window, sinks and a state."""
+    n_head, mask = 2 * H, make.mask(T, is_padded)
+    for codebook_q in (make.uniform(n_head, C, D), None):
+        arrays: list[Any] = [make.floats(B, T, n_head, D), make.floats(B, T, H, D), make.floats(B, T, H, V)]
+        arrays += [codebook_q, make.uniform(H, C + 2, D)]
+        bias, ids = make.floats(1, n_head)[0], make.ids(2, B, T)
+        both_ways: dict[str, Any] = {"mask": mask, "segment_ids": ids, "code_bias": bias}
+        if not is_causal:
+            differentiate(torch_ref.vq_attention(*arrays, **both_ways))
+            continue
+        for mem_len, n_sink in ((3, 2), (0, 2), (4, 0)):
+            form = {"block_len": 4, "mem_len": mem_len, "n_sink": n_sink}
+            local: dict[str, Any] = {
+                "q_local": make.floats(B, T, n_head, P),
+                "k_local": make.floats(B, T, H, P),
+                "code_bias": bias,
+            }
+            state = torch_ref.init_state(B, arrays[4], V, local_width=P, **form)
+            out, state = torch_ref.vq_attention_step(*arrays, state, **local, **form)
+            again, _ = torch_ref.vq_attention(
+                *arrays, **both_ways | local, **form, is_causal=True, state=state, return_state=True
+            )
+            differentiate(out, again)
 
 
 def dot_product_attention(make: Inputs, is_causal: bool, is_padded: bool) -> None:
@@ -126,13 +153,14 @@ def modules(make: Inputs, is_causal: bool, is_padded: bool) -> None:
 # With the bytes of a chunk that give it a few of them: rules look at what slicing leaves.
 SCENARIOS: dict[Scenario, int] = {
     vq_attention: 12_000,
+    exact_and_coded: 36_000,
     dot_product_attention: 4_000,
     hyper_attention: 4_000,
     hashing: 4_000,
     quantization: 4_000,
     modules: 36_000,
 }
-NOT_TRACED = {"TransformerConfig", "CodebookState", "load_config", "load_weights", "save_weights"}
+NOT_TRACED = {"TransformerConfig", "CodebookState", "VQState", "load_config", "load_weights", "save_weights"}
 
 
 @pytest.fixture
@@ -174,9 +202,13 @@ def test_long_sequences(is_causal: bool) -> None:
         q, codebook = torch.empty((1, length, heads, width)), torch.empty((heads, codes, width))
         directions, draws = torch.empty((heads, 7, width)), torch.empty((heads, codes))
         sample_ids = torch.empty((1, n_set, 256, heads), dtype=torch.int32)
+    options: list[dict[str, Any]] = [{}, {"mem_len": 512, "n_sink": 16}] if is_causal else [{}]
     with Trace(on="meta") as trace:
-        for codebook_q in (codebook, None):
-            torch_ref.vq_attention(q, q, q, codebook_q, codebook, is_causal=is_causal)
+        for codebook_q, option in itertools.product((codebook, None), options):
+            x = q.clone().requires_grad_()
+            out = torch_ref.vq_attention(x, x, x, codebook_q, codebook, is_causal=is_causal, **option)
+            if codebook_q is not None:  # else it works on a few tokens at a time
+                differentiate(out)
         torch_ref.hyper_attention(q, q, q, directions, sample_ids, is_causal=is_causal, min_seq_len=piece)
         state = torch_ref.kmeans(q, draws, n_iter=1)
         torch_ref.ema_update(state, q, torch_ref.nearest_codes(q, codebook), draws)

@@ -10,28 +10,13 @@ import torch
 
 import jax_vq
 import torch_ref
-from jax_vq.ops.vq_attention import super_block_len
-from parity_tests.support import (
-    DTYPES,
-    assert_close,
-    forward_and_gradients_jax,
-    forward_and_gradients_torch,
-    to_jax,
-    to_numpy,
-    to_torch,
-)
-from vq_common import oracle
+from jax_vq.ops.vq_blocks import Form, Keys
+from jax_vq.ops.vq_causal import Books, Queries, super_block_len
+from parity_tests.support import DTYPES, assert_close, assert_gradient_close, to_jax, to_numpy, to_torch
+from parity_tests.vq_calls import BACKENDS, attend, differentiable, optional
+from vq_common import vq_oracle
 from vq_common.cases import Case, Inputs, case_inputs, cases
 from vq_common.tolerances import relative_rms
-
-BACKENDS = ("jax", "torch")
-
-
-def run(backend: str, inputs: Inputs, dtype: str, **options: Any) -> np.ndarray:
-    """`vq_attention` of one backend on NumPy inputs."""
-    package, convert = {"jax": (jax_vq, to_jax), "torch": (torch_ref, to_torch)}[backend]
-    arrays = [convert(x, dtype) for x in inputs[:5]]
-    return to_numpy(package.vq_attention(*arrays, mask=convert(inputs.mask), **options))
 
 
 def _names(case: Case) -> str:
@@ -42,42 +27,25 @@ def _names(case: Case) -> str:
 @pytest.mark.parametrize("case", cases("ci"), ids=_names)
 def test_matches_oracle_and_twin(case: Case, dtype: str, torch_device: Any) -> None:
     inputs = case_inputs(case, dtype)
-    q, k, v, codebook_q, codebook_k, mask, d_out = inputs
-    arguments = codebook_q, codebook_k
-    expected = oracle.vq_attention(q, k, v, *arguments, is_causal=case.is_causal, mask=mask)
-
-    def op(package: Any, convert: Any) -> Any:
-        books = tuple(convert(x, dtype) for x in arguments)
-        options = {"is_causal": case.is_causal, "mask": convert(mask), "block_len": case.block_len}
-        return lambda *qkv: package.vq_attention(*qkv, *books, **options)
-
-    def on_device(x: Any, kind: str | None = None) -> Any:
-        return to_torch(x, kind, torch_device)
-
-    ops = op(jax_vq, to_jax), op(torch_ref, on_device)
-    qkv = [tuple(convert(x, dtype) for x in (q, k, v)) for convert in (to_jax, on_device)]
+    options = case.options | optional(inputs)
+    expected = vq_oracle.vq_attention(*inputs[:5], **options)
     if "gradient" not in case.tags:
-        outs = [f(*x) for f, x in zip(ops, qkv, strict=True)]
+        outs = [attend(backend, inputs, dtype, torch_device, **case.options) for backend in BACKENDS]
         for out in outs:
             assert_close(out, expected, dtype)
         assert_close(*outs, dtype, limits=2)
         return
-
-    reference = oracle.vq_attention_gradients(q, k, v, *arguments, d_out, is_causal=case.is_causal, mask=mask)
-    results = (
-        forward_and_gradients_jax(ops[0], qkv[0], to_jax(d_out, dtype)),
-        forward_and_gradients_torch(ops[1], qkv[1], on_device(d_out, dtype)),
-    )
-    for out, gradients in results:
+    targets = vq_oracle.vq_attention_gradients(*inputs[:5], inputs.d_out, **options)
+    outs = []
+    for backend in BACKENDS:
+        out, gradients = differentiable(backend, inputs, dtype, torch_device, **case.options)(inputs.d_out)
+        outs.append(out)
         assert_close(out, expected, dtype)
-        for gradient, name in zip(gradients, reference._fields, strict=True):
-            target = getattr(reference, name)
-            # With one visible key the softmax is constant: q and k have no gradient.
-            if np.abs(target).max() > 1e-9:
-                assert_close(gradient, target, dtype, "gradient")
-            else:
-                assert np.abs(to_numpy(gradient)).max() < (1e-9 if dtype == "float64" else 1e-2)
-    assert_close(results[0][0], results[1][0], dtype, limits=2)
+        for name, found, target in zip(targets._fields, gradients, targets, strict=True):
+            assert (found is None) == (target is None) == (getattr(inputs, name) is None), (backend, name)
+            if target is not None:
+                assert_gradient_close(found, target, dtype)
+    assert_close(*outs, dtype, limits=2)
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 1000, 1021])
@@ -85,9 +53,9 @@ def test_matches_oracle_and_twin(case: Case, dtype: str, torch_device: Any) -> N
 def test_block_len_changes_nothing(backend: str, length: int) -> None:
     case = Case(name=f"blocks_{length}", batch=1, q_len=length, n_head=2, is_causal=True)
     inputs = case_inputs(case, "float32")
-    expected = oracle.vq_attention(*inputs[:5], is_causal=True)
+    expected = vq_oracle.vq_attention(*inputs[:5], is_causal=True)
     for block_len in (1, 7, 64, length, length + 5):
-        out = run(backend, inputs, "float32", is_causal=True, block_len=block_len)
+        out = attend(backend, inputs, "float32", is_causal=True, block_len=block_len)
         assert_close(out, expected, "float32")
 
 
@@ -101,8 +69,8 @@ def test_many_chunks_equal_one(backend: str, keys_only: bool, monkeypatch: pytes
     for module in ("jax_vq", "torch_ref"):
         monkeypatch.setattr(f"{module}.ops.numerics.CHUNK_BYTES", 2**15)
     for is_causal in (False, True):
-        out = run(backend, inputs, "float64", is_causal=is_causal, block_len=8)
-        expected = oracle.vq_attention(*inputs[:5], is_causal=is_causal, mask=inputs.mask)
+        out = attend(backend, inputs, "float64", is_causal=is_causal, block_len=8)
+        expected = vq_oracle.vq_attention(*inputs[:5], is_causal=is_causal, mask=inputs.mask)
         assert_close(out, expected, "float64")
     jax.clear_caches()
 
@@ -113,13 +81,13 @@ def test_the_future_changes_nothing(backend: str, keys_only: bool) -> None:
     """Any change at t, of any size, leaves every earlier output exactly as it was."""
     case = Case(name="causality", q_len=45, batch=1, keys_only=keys_only)
     inputs = case_inputs(case, "float32")
-    before = run(backend, inputs, "float32", is_causal=True, block_len=16)
+    before = attend(backend, inputs, "float32", is_causal=True, block_len=16)
     for t in (1, 15, 16, 17, 44):
         for value in (3.0, 1e4, np.inf, np.nan):
             changed = inputs._replace(q=inputs.q.copy(), k=inputs.k.copy(), v=inputs.v.copy())
             for x in (changed.q, changed.k, changed.v):
                 x[:, t:] = value
-            after = run(backend, changed, "float32", is_causal=True, block_len=16)
+            after = attend(backend, changed, "float32", is_causal=True, block_len=16)
             np.testing.assert_array_equal(after[:, :t], before[:, :t])
 
 
@@ -128,12 +96,12 @@ def test_the_future_changes_nothing(backend: str, keys_only: bool) -> None:
 def test_nonfinite_inputs_reach_the_rows_that_attend_to_them(backend: str, is_causal: bool) -> None:
     case = Case(name="nonfinite", q_len=37, batch=2)
     inputs = case_inputs(case, "float32")
-    clean = run(backend, inputs, "float32", is_causal=is_causal, block_len=8)
+    clean = attend(backend, inputs, "float32", is_causal=is_causal, block_len=8)
     t, head = 13, 1
     for name, value in (("q", np.nan), ("k", np.inf), ("v", np.nan), ("v", -np.inf)):
         x = getattr(inputs, name).copy()
         x[1, t, head, 2] = value
-        out = run(backend, inputs._replace(**{name: x}), "float32", is_causal=is_causal, block_len=8)
+        out = attend(backend, inputs._replace(**{name: x}), "float32", is_causal=is_causal, block_len=8)
         rows = np.zeros(out.shape, bool)
         attending = slice(t, t + 1) if name == "q" else slice(t if is_causal else 0, None)
         rows[1, attending, head, 2 if name == "v" else slice(None)] = True
@@ -148,11 +116,11 @@ def test_padded_keys_change_nothing(backend: str, is_causal: bool) -> None:
     inputs = case_inputs(case, "float32")
     assert inputs.mask is not None
     assert not inputs.mask[1].any()
-    clean = run(backend, inputs, "float32", is_causal=is_causal)
+    clean = attend(backend, inputs, "float32", is_causal=is_causal)
     k, v = inputs.k.copy(), inputs.v.copy()
     k[~inputs.mask], v[~inputs.mask] = np.nan, np.inf
     np.testing.assert_array_equal(
-        run(backend, inputs._replace(k=k, v=v), "float32", is_causal=is_causal), clean
+        attend(backend, inputs._replace(k=k, v=v), "float32", is_causal=is_causal), clean
     )
     assert np.all(clean[1] == 0)
     if is_causal:
@@ -165,7 +133,7 @@ def test_keys_may_come_in_any_order(backend: str) -> None:
     inputs = case_inputs(case)
     order = np.random.default_rng(0).permutation(53)
     permuted = inputs._replace(k=inputs.k[:, order], v=inputs.v[:, order])
-    assert_close(run(backend, permuted, "float64"), run(backend, inputs, "float64"), "float64")
+    assert_close(attend(backend, permuted, "float64"), attend(backend, inputs, "float64"), "float64")
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
@@ -183,8 +151,8 @@ def test_huge_scores(backend: str, is_causal: bool, dtype: str) -> None:
     score = np.einsum("bthd,bshd->bhts", q, k)
     assert score.max() == 1e4
     assert score.min() == -1e4
-    out = run(backend, inputs, dtype, is_causal=is_causal, scale=1.0, block_len=16)
-    assert_close(out, oracle.vq_attention(*inputs[:5], is_causal=is_causal, scale=1.0), dtype)
+    out = attend(backend, inputs, dtype, is_causal=is_causal, scale=1.0, block_len=16)
+    assert_close(out, vq_oracle.vq_attention(*inputs[:5], is_causal=is_causal, scale=1.0), dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -193,7 +161,7 @@ def test_all_keys_on_one_code(backend: str) -> None:
     case = Case(name="one_key_code", q_len=50, batch=1)
     inputs = case_inputs(case)
     inputs = inputs._replace(k=np.broadcast_to(inputs.codebook_k[:, 3], inputs.k.shape).copy())
-    out = run(backend, inputs, "float64", is_causal=True, block_len=8)
+    out = attend(backend, inputs, "float64", is_causal=True, block_len=8)
     mean = np.cumsum(inputs.v, axis=1) / np.arange(1, 51)[None, :, None, None]
     assert_close(out, mean, "float64")
 
@@ -224,7 +192,7 @@ def test_float32_sums_over_a_long_sequence(backend: str) -> None:
     codebook = np.ones((1, 1, 2))
     inputs = Inputs(np.ones((1, length, 1, 2)), np.ones((1, length, 1, 2)), v, codebook, codebook, None, v)
     for is_causal in (False, True):
-        out = run(backend, inputs, "float32", is_causal=is_causal)
+        out = attend(backend, inputs, "float32", is_causal=is_causal)
         mean = np.cumsum(v.astype(np.float64), axis=1) / np.arange(1, length + 1)[None, :, None, None]
         expected = mean if is_causal else np.broadcast_to(mean[:, -1:], v.shape)
         assert relative_rms(out, expected) <= 3e-6
@@ -247,37 +215,23 @@ def test_codes_are_not_trained(backend: str) -> None:
     assert all(float(jnp.abs(g).max()) == 0 for g in gradients[1:])
 
 
-def test_jax_transformations() -> None:
-    """jit, vmap and grad of vmap give what the plain calls give."""
-    inputs = case_inputs(Case(name="transformed", q_len=21, batch=3, is_causal=True))
-    q, k, v, *books = (to_jax(x) for x in inputs[:5])
-
-    def op(q: Any, k: Any, v: Any) -> Any:
-        return jax_vq.vq_attention(q, k, v, *books, is_causal=True, block_len=8)
-
-    def one(q: Any, k: Any, v: Any) -> Any:
-        return op(q[None], k[None], v[None])[0]
-
-    plain = op(q, k, v)
-    assert_close(jax.jit(op)(q, k, v), plain, "float64")
-    assert_close(jax.vmap(one)(q, k, v), plain, "float64")
-    gradient = jax.grad(lambda *a: jnp.sum(jnp.sin(op(*a))), (0, 1, 2))
-    mapped = jax.grad(lambda *a: jnp.sum(jnp.sin(jax.vmap(one)(*a))), (0, 1, 2))
-    for a, b in zip(jax.jit(mapped)(q, k, v), jax.jit(gradient)(q, k, v), strict=True):
-        assert_close(a, b, "float64", "gradient")
-
-
 def test_one_scan_over_super_blocks() -> None:
-    """The causal form is one scan, whose number of steps follows from the shapes."""
+    """Beside the two that find codes there is one scan, whose number of steps follows from the shapes."""
     length, n_head, width, n_code, block_len = 2**15, 4, 64, 128, 128
     x = jax.ShapeDtypeStruct((1, length, n_head, width), jnp.float32)
     book = jax.ShapeDtypeStruct((n_head, n_code, width), jnp.float32)
+    codes = jax.ShapeDtypeStruct((1, length, n_head), jnp.int32)
     traced = jax.make_jaxpr(lambda *a: jax_vq.vq_attention(*a, is_causal=True, block_len=block_len))
     text = str(traced(x, x, x, book, book))
-    step = super_block_len(x, x, n_code, block_len)
+    step = super_block_len(
+        Queries(None, codes, None),
+        Keys(codes, x, None, None),
+        Books(book, book, None, None, 1.0),
+        Form(1.0, part_len=block_len),
+    )
     assert step % block_len == 0
     assert block_len < step < length
-    assert text.count(" scan[") == 1
+    assert text.count(" scan[") == 3
     assert f"length={length // step}" in text
 
 

@@ -76,7 +76,7 @@ def assert_same(first: Path, second: Path) -> None:
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_round_trip(mechanism: str, dtype: str, one: Backend, other: Backend, tmp_path: Path) -> None:
     """A new module's weights, read by another new one and saved again."""
-    config = make_config(dtype, param_dtype=dtype)
+    config = make_config(dtype, param_dtype=dtype, mem_len=3, conv_width=4)
     one.save(one.module(mechanism, config), tmp_path / "first")
     module = other.module(mechanism, config)
     other.save(module, tmp_path / "before")

@@ -17,7 +17,8 @@ from torch_ref.ops.quantize import (
     straight_through,
     take_codes,
 )
-from torch_ref.ops.vq_attention import vq_attention
+from torch_ref.ops.vq_attention import vq_attention, vq_attention_step
+from torch_ref.ops.vq_state import VQState, init_state
 from torch_ref.weights import load_weights, save_weights
 from vq_common import TransformerConfig, load_config
 
@@ -29,6 +30,7 @@ __all__ = [
     "TransformerConfig",
     "VQAttention",
     "VQAttentionQK",
+    "VQState",
     "angular_hash",
     "codebook_of",
     "commitment_loss",
@@ -37,6 +39,7 @@ __all__ = [
     "gray_code",
     "gray_rank",
     "hyper_attention",
+    "init_state",
     "kmeans",
     "load_config",
     "load_weights",
@@ -48,4 +51,5 @@ __all__ = [
     "straight_through",
     "take_codes",
     "vq_attention",
+    "vq_attention_step",
 ]

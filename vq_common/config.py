@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -103,8 +104,12 @@ class TransformerConfig:
       d_k, d_v: query/key width D and value width V of one head; default d_model / n_head.
       n_code: number of codes, of both codebooks unless n_code_q or n_code_k says otherwise.
       sequence_len, global_batch_size: of the examples and the benchmark; modules take any.
-      block_len: tokens in one block L of the causal form: a speed knob, not a definition.
-      mem_len: tokens M before the block that stay exact; not available yet, see CHANGELOG.
+      block_len: tokens in one block L of the causal form; without mem_len a speed knob only.
+      mem_len: tokens M before the block that stay exact, and the block with them; 0: none.
+      n_sink: first tokens of a document that stay exact.
+      code_bias: what the learned offset on scores of quantized keys starts from, where some are exact.
+      rope_theta: base of the rotary positions of the exact part.
+      conv_width: tokens of the causal convolution of q, k and v: 4, or 0 for none.
       is_causal: whether a token attends only to itself and earlier ones.
       p_dropres: dropout rate on a module's output.
       c_beta: weight of the commitment loss.
@@ -131,6 +136,10 @@ class TransformerConfig:
     global_batch_size: int = integer(4)
     block_len: int = integer(128)
     mem_len: int = integer(0, low=0)
+    n_sink: int = integer(0, low=0)
+    code_bias: float = number(-4.0, low=-math.inf)
+    rope_theta: float = number(10000.0, low=1.0)
+    conv_width: int = integer(0, low=0)
     is_causal: bool = flag(True)
     p_dropres: float = number(0.0, high=1.0)
     c_beta: float = number(1e-4)
@@ -163,10 +172,18 @@ class TransformerConfig:
                 f"config: dtype = {self.dtype} and param_dtype = {self.param_dtype} must not be float64 "
                 f"with device = mps, which has none"
             )
-        if self.mem_len:
-            warnings.warn(
-                f"config: mem_len = {self.mem_len} has no effect yet: there is no exact window", stacklevel=4
+        if self.conv_width not in (0, 4):
+            raise ValueError(f"config: conv_width must be 0 or 4, found {self.conv_width}")
+        if self.has_exact_part and not self.is_causal:
+            raise ValueError(
+                f"config: mem_len = {self.mem_len} and n_sink = {self.n_sink} must be 0 "
+                f"with is_causal = false"
             )
+
+    @property
+    def has_exact_part(self) -> bool:
+        """Whether some keys are attended to exactly."""
+        return self.mem_len > 0 or self.n_sink > 0
 
 
 def _accept_original_keys(cls: type) -> None:

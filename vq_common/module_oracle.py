@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vq_common import oracle
+from vq_common import oracle, vq_oracle
 from vq_common.cases import round_to
 from vq_common.config import TransformerConfig
-from vq_common.oracle import Array, Mask
+from vq_common.oracle import Array, Codes, Mask
 
 Weights = Mapping[str, Array]
 
@@ -38,6 +38,10 @@ def weight_shapes(
         "kvg_proj.weight": (q_width + 2 * v_width, config.d_model),
         "res_proj.weight": (config.d_model, v_width),
     }
+    if config.conv_width:
+        shapes["conv_weight"] = (config.conv_width, 2 * q_width + v_width)
+    if config.has_exact_part and mechanism.startswith("VQ"):
+        shapes["code_bias"] = (heads,)
     if mechanism == "HyperAttention":
         shapes["directions"] = (heads, n_projection, config.d_k)
     quantizers = {"VQAttention": ("k",), "VQAttentionQK": ("q", "k")}.get(mechanism, ())
@@ -88,12 +92,13 @@ def module(
     config: TransformerConfig,
     *,
     mask: Mask | None = None,
+    segment_ids: Codes | None = None,
     sample_ids: Any = None,
     block_size: int = 256,
     min_seq_len: int = 4096,
 ) -> Array:
     """`res_proj(attention * gate)`, `[B, T, d_model]`; the last three are HyperAttention's."""
-    q, k, v, gate = project(weights, x, config)
+    q, k, v, gate = project(weights, x, config, mask, segment_ids)
     is_causal = config.is_causal
     if mechanism == "MultiHeadAttention":
         out = oracle.dot_product_attention(q, k, v, is_causal=is_causal, scale=1.0, mask=mask).out
@@ -113,22 +118,73 @@ def module(
     else:
         codebook_q = codebook(weights, "quantizer_q") if mechanism == "VQAttentionQK" else None
         codebook_k = codebook(weights, "quantizer_k")
-        out = oracle.vq_attention(q, k, v, codebook_q, codebook_k, is_causal=is_causal, scale=1.0, mask=mask)
+        options: dict[str, Any] = {}
+        if config.has_exact_part:
+            position = np.maximum(np.arange(x.shape[1]) - starts(x, mask, segment_ids), 0)
+            options = {name: getattr(config, name) for name in ("block_len", "mem_len", "n_sink")}
+            options["q_local"] = rotary(q, position, config.rope_theta)
+            options["k_local"] = rotary(k, position, config.rope_theta)
+            options["code_bias"] = weights["code_bias"]
+        out = vq_oracle.vq_attention(
+            q,
+            k,
+            v,
+            codebook_q,
+            codebook_k,
+            is_causal=is_causal,
+            scale=1.0,
+            mask=mask,
+            segment_ids=segment_ids,
+            **options,
+        )
     return _merge_heads(out * gate) @ weights["res_proj.weight"].T
 
 
-def project(weights: Weights, x: Array, config: TransformerConfig) -> Projected:
+def project(
+    weights: Weights,
+    x: Array,
+    config: TransformerConfig,
+    mask: Mask | None = None,
+    segment_ids: Codes | None = None,
+) -> Projected:
     """Queries, keys, values and gate of a module."""
     x = layer_norm(x) * weights["input_ln.weight"] + weights["input_ln.bias"]
     heads = config.n_head
     widths = np.array([config.d_k, config.d_v, config.d_v]) * heads
-    q = _split_heads(x @ weights["q_proj.weight"].T, heads)
-    k, v, gate = (
-        _split_heads(x @ part.T, heads)
-        for part in np.split(weights["kvg_proj.weight"], np.cumsum(widths[:-1]))
-    )
+    parts = weights["q_proj.weight"], *np.split(weights["kvg_proj.weight"], np.cumsum(widths[:-1]))
+    *qkv, gate = (x @ part.T for part in parts)
+    if config.conv_width:
+        joined = causal_conv(
+            np.concatenate(qkv, axis=-1), weights["conv_weight"], mask, starts(x, mask, segment_ids)
+        )
+        qkv = np.split(joined, np.cumsum([widths[0], widths[0]]), axis=-1)
+    q, k, v, gate = (_split_heads(a, heads) for a in (*qkv, gate))
     factor = q.shape[-1] ** -0.25
     return Projected(layer_norm(q) * factor, layer_norm(k) * factor, silu(v), silu(gate))
+
+
+def starts(x: Array, mask: Mask | None, segment_ids: Codes | None) -> Codes:
+    """Where every token's document starts, `[B, T]`: at its first real token."""
+    document = vq_oracle.documents(np.zeros(x.shape[:2], int) if segment_ids is None else segment_ids)
+    return vq_oracle.document_starts(document, mask)
+
+
+def causal_conv(x: Array, weight: Array, mask: Mask | None, start: Codes) -> Array:
+    """`y_t = sum_n weight[n] x_{t-n}` over the real tokens from the document's start on."""
+    out = np.zeros(x.shape)
+    for b, t, n in np.ndindex(*x.shape[:2], len(weight)):
+        if n == 0 or t - n >= start[b, t]:
+            is_real = mask is None or mask[b, t - n]
+            out[b, t] += weight[n] * x[b, t - n] * is_real
+    return out
+
+
+def rotary(x: Array, position: Codes, theta: float) -> Array:
+    """Features d and d + D // 2 of x as a complex number, turned by `position * theta^(-2 d / D)`."""
+    half = x.shape[-1] // 2
+    angle = position[:, :, None, None] * theta ** (-np.arange(half) / half)
+    turned = (x[..., :half] + 1j * x[..., half : 2 * half]) * np.exp(1j * angle)
+    return np.concatenate([turned.real, turned.imag, x[..., 2 * half :]], axis=-1)
 
 
 def codebook(weights: Weights, name: str) -> Array:

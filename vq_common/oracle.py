@@ -1,4 +1,4 @@
-"""Float64 NumPy definitions of every mechanism: dense, slow, obvious.
+"""Float64 NumPy definitions: dense, slow, obvious. Attention over codes: `vq_oracle.py`.
 
 Every attention here is one formula, a softmax in which key j counts `weight[i, j]` times:
 
@@ -41,18 +41,16 @@ def visible(q_len: int, k_len: int, *, is_causal: bool = False, mask: Mask | Non
 
 def softmax_attention(q: Array, k: Array, v: Array, weight: Array, scale: float) -> Attention:
     """Weighted softmax attention; a query that sees no key gives 0. `weight` is `[B, H, T, S]`."""
-    probabilities, lse = _probabilities(q, k, weight, scale)
-    return Attention(_weighted_values(probabilities, v), np.moveaxis(lse, 1, 2))
+    p, lse = probabilities(scale * np.einsum("bthd,bshd->bhts", q, k), weight)
+    return Attention(weighted_values(p, v), np.moveaxis(lse, 1, 2))
 
 
 def softmax_attention_gradients(
     q: Array, k: Array, v: Array, weight: Array, scale: float, d_out: Array
 ) -> Gradients:
     """Gradients of `sum(d_out * softmax_attention(...).out)`."""
-    p, _ = _probabilities(q, k, weight, scale)
-    v_seen = np.where(_seen_by_any(p, v), v, 0)
-    d_p = np.einsum("bthv,bshv->bhts", d_out, v_seen)
-    d_score = scale * p * (d_p - np.sum(p * d_p, axis=-1, keepdims=True))
+    p, _ = probabilities(scale * np.einsum("bthd,bshd->bhts", q, k), weight)
+    d_score = scale * score_gradient(p, v, d_out)
     return Gradients(
         q=np.einsum("bhts,bshd->bthd", d_score, k),
         k=np.einsum("bhts,bthd->bshd", d_score, q),
@@ -60,8 +58,11 @@ def softmax_attention_gradients(
     )
 
 
-def _probabilities(q: Array, k: Array, weight: Array, scale: float) -> tuple[Array, Array]:
-    score = scale * np.einsum("bthd,bshd->bhts", q, k)
+def probabilities(score: Array, weight: Array) -> tuple[Array, Array]:
+    """Softmax over keys of `score [B, H, T, S]`, key j counted `weight` times, and its log-sum-exp.
+
+    Rows of weight 0 alone are 0, their log-sum-exp is -inf.
+    """
     weight = np.broadcast_to(weight, score.shape)
     score = np.where(weight > 0, score, -np.inf)
     top = np.max(score, axis=-1, keepdims=True, initial=-np.inf)
@@ -73,7 +74,14 @@ def _probabilities(q: Array, k: Array, weight: Array, scale: float) -> tuple[Arr
     return np.where(total > 0, mass / np.where(total > 0, total, 1.0), 0.0), lse
 
 
-def _weighted_values(p: Array, v: Array) -> Array:
+def score_gradient(p: Array, v: Array, d_out: Array) -> Array:
+    """Gradient of `sum(d_out * p v)` with respect to the scores that p is the softmax of."""
+    d_p = np.einsum("bthv,bshv->bhts", d_out, np.where(_seen_by_any(p, v), v, 0))
+    return p * (d_p - np.sum(p * d_p, axis=-1, keepdims=True))
+
+
+def weighted_values(p: Array, v: Array) -> Array:
+    """`p v`, without the values that no query sees."""
     return np.einsum("bhts,bshv->bthv", p, np.where(_seen_by_any(p, v), v, 0))
 
 
@@ -144,50 +152,7 @@ def ema_update(
     return Ema(count, total)
 
 
-# --- attention over codes ------------------------------------------------------------------
-
-
-def quantized(q: Array, k: Array, codebook_q: Array | None, codebook_k: Array) -> tuple[Array, Array]:
-    """`(q^, k^)`: every vector replaced by its nearest code; q stays where codebook_q is None."""
-    k_hat = take_codes(codebook_k, nearest_codes(k, codebook_k))
-    if codebook_q is None:
-        return q, k_hat
-    return take_codes(codebook_q, nearest_codes(q, codebook_q)), k_hat
-
-
-def vq_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    codebook_q: Array | None,
-    codebook_k: Array,
-    *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    mask: Mask | None = None,
-) -> Array:
-    """`softmax(q^ k^T * scale + mask) v`, `math.md` 2."""
-    q_hat, k_hat = quantized(q, k, codebook_q, codebook_k)
-    weight = visible(q.shape[1], k.shape[1], is_causal=is_causal, mask=mask)
-    return softmax_attention(q_hat, k_hat, v, weight, _scale(q, scale)).out
-
-
-def vq_attention_gradients(
-    q: Array,
-    k: Array,
-    v: Array,
-    codebook_q: Array | None,
-    codebook_k: Array,
-    d_out: Array,
-    *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    mask: Mask | None = None,
-) -> Gradients:
-    """Straight-through gradients: those of the dense form with respect to q^, k^ and v."""
-    q_hat, k_hat = quantized(q, k, codebook_q, codebook_k)
-    weight = visible(q.shape[1], k.shape[1], is_causal=is_causal, mask=mask)
-    return softmax_attention_gradients(q_hat, k_hat, v, weight, _scale(q, scale), d_out)
+# --- exact attention ----------------------------------------------------------------------
 
 
 def dot_product_attention(
@@ -201,7 +166,7 @@ def dot_product_attention(
 ) -> Attention:
     """Exact attention and its log-sum-exp."""
     weight = visible(q.shape[1], k.shape[1], is_causal=is_causal, mask=mask)
-    return softmax_attention(q, k, v, weight, _scale(q, scale))
+    return softmax_attention(q, k, v, weight, default_scale(q, scale))
 
 
 def merge_attention(first: Attention, second: Attention) -> Attention:
@@ -212,7 +177,8 @@ def merge_attention(first: Attention, second: Attention) -> Attention:
     return Attention(out, lse)
 
 
-def _scale(q: Array, scale: float | None) -> float:
+def default_scale(q: Array, scale: float | None) -> float:
+    """`scale`, or `D ** -0.5` of `q [B, T, H, D]`."""
     return q.shape[-1] ** -0.5 if scale is None else scale
 
 
@@ -351,4 +317,4 @@ def hyper_attention(
         block_size=block_size,
         min_seq_len=min_seq_len,
     )
-    return softmax_attention(q, k, v, weight, _scale(q, scale))
+    return softmax_attention(q, k, v, weight, default_scale(q, scale))

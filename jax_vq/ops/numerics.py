@@ -48,16 +48,23 @@ def chunk_len(like: Array, length: int, bytes_per_token: int, multiple: int = 1)
 
 
 def scan_chunks(
-    step: Callable[[Carry, Array | int, int], Carry], carry: Carry, length: int, chunk: int
+    step: Callable[[Carry, Array | int, int], Carry],
+    carry: Carry,
+    length: int,
+    chunk: int,
+    *,
+    is_reverse: bool = False,
 ) -> Carry:
     """Fold `step(carry, start, size)` over the chunks of `[0, length)`; only the last is shorter."""
     n_full, rest = divmod(length, chunk)
+    if rest and is_reverse:
+        carry = step(carry, n_full * chunk, rest)
     if n_full == 1:
         carry = step(carry, 0, chunk)
     elif n_full > 1:
         starts = jnp.arange(n_full, dtype=jnp.int32) * chunk
-        carry, _ = lax.scan(lambda c, start: (step(c, start, chunk), None), carry, starts)
-    if rest:
+        carry, _ = lax.scan(lambda c, start: (step(c, start, chunk), None), carry, starts, reverse=is_reverse)
+    if rest and not is_reverse:
         carry = step(carry, n_full * chunk, rest)
     return carry
 

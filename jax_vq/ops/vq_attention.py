@@ -1,46 +1,49 @@
-"""Attention over codes: softmax attention to quantized keys in linear time (`math.md` 2).
+"""Attention over codes: softmax attention to quantized keys in linear time (`math.md` 2 and 3).
 
 With `q^`, `k^` the nearest codes, `o = softmax(scale q^ k^T + mask) v` needs only, per key
 code s, the number `n_s` of keys that a query sees and the mean `u_s` of their values:
 
     o_i = sum_s n_s exp(a_is) u_s / sum_s n_s exp(a_is),   a_is = scale q^_i . codebook_k[s]
 
-Not causal, there is one `(n, u)`. Causal, the sequence is cut into blocks of L tokens: a query
-takes earlier blocks from `(n, u)` at the start of its block and its own block key by key. The
-scan steps over super-blocks of many blocks, so that a step is a few large matrix products.
+This file checks the arguments and ties forward and backward passes together. `vq_causal.py` and
+`vq_causal_grad.py` have the causal form, `vq_full.py` the other, `vq_blocks.py` says which keys
+are near, `vq_state.py` what is remembered.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jax_vq.ops.attention import masked_softmax
-from jax_vq.ops.checks import check_at_least, check_codebook, check_mask, check_qkv, check_scale
-from jax_vq.ops.numerics import (
-    acc_dtype,
-    chunk_len,
-    contain_nonfinite,
-    einsum,
-    is_code,
-    is_finite_row,
-    poison_values,
-    read_chunk,
-    scan_chunks,
-    write_chunk,
+from jax_vq.ops.attention import merge_attention
+from jax_vq.ops.checks import (
+    check_at_least,
+    check_bias,
+    check_codebook,
+    check_local,
+    check_mask,
+    check_qkv,
+    check_scale,
+    check_segments,
 )
-from jax_vq.ops.quantize import assign, lookup, straight_through
-
-SUM_LEN = 1024  # keys summed in one matrix product: a longer sum loses float32 precision
-
-
-class VQState(NamedTuple):
-    """The keys a query has seen, per key code."""
-
-    count: Array  # type: ignore[assignment]  # [B, H, Ck] int32
-    mean: Array  # [B, H, Ck, V] mean value, in the accumulator type
+from jax_vq.ops.numerics import chunk_len, is_finite_row, read_chunk, scan_chunks, write_chunk
+from jax_vq.ops.quantize import assign
+from jax_vq.ops.vq_blocks import Form, Keys
+from jax_vq.ops.vq_causal import Books, Queries, causal_attention
+from jax_vq.ops.vq_causal_grad import causal_gradients
+from jax_vq.ops.vq_full import Seen, full_attention, full_gradients
+from jax_vq.ops.vq_state import (
+    Coded,
+    Documents,
+    VQState,
+    check_state,
+    empty_state,
+    find_documents,
+    next_state,
+    window_len,
+)
 
 
 def vq_attention(
@@ -53,311 +56,298 @@ def vq_attention(
     is_causal: bool = False,
     scale: float | None = None,
     mask: Any = None,
+    segment_ids: Any = None,
     block_len: int = 128,
-) -> Array:
+    mem_len: int = 0,
+    n_sink: int = 0,
+    q_local: Any = None,
+    k_local: Any = None,
+    code_bias: Any = None,
+    state: VQState | None = None,
+    return_state: bool = False,
+) -> Any:
     """Softmax attention between nearest codes, `softmax(scale q^ k^T + mask) v`, exact and linear in T.
 
-    Gradients are straight-through: those of the dense form with respect to `q^`, `k^` and v. The
-    backward pass is that dense form, quadratic in T in time and memory; codebooks get none.
+    With `mem_len` or `n_sink` some keys stay exact, in the same softmax: query i of a block that
+    starts at b sees the keys `j >= b - mem_len` (if `mem_len > 0`) and the first `n_sink` of its
+    document by `scale q_local_i . k_local_j`, all others through codes. Blocks of `block_len`
+    tokens count from the first real token of a document.
+
+    Gradients are straight-through, exact and linear in T: those of the dense form with respect
+    to `q^`, `k^`, v, q_local, k_local and code_bias. Codebooks get none, and none flows through a
+    state. Without `codebook_q` the backward pass of a token and head costs `4 Ck D V`
+    multiply-adds instead of about `4 (Cq + Ck) (D + V)`.
 
     Args:
       q: `[B, T, H, D]`.
-      k, v: `[B, S, H, D]`, `[B, S, H, V]`, of the dtype of q.
+      k, v: `[B, S, K, D]`, `[B, S, K, V]`, of the dtype of q; H a multiple of K, and query head h
+        sees key head `h // (H // K)`.
       codebook_q: `[H, Cq, D]`, of the dtype of q or float32; None leaves queries as they are.
-      codebook_k: `[H, Ck, D]`, likewise.
+      codebook_k: `[K, Ck, D]`, likewise.
       is_causal: query i sees keys j <= i; needs T = S.
       scale: factor on the scores, default `D ** -0.5`.
       mask: `[B, S]` boolean, True = a real key.
-      block_len: tokens in a block of the causal form; changes the speed, not the result.
+      segment_ids: `[B, T]` integers that fit in 32 bits; every run of one id is a document, and a
+        query sees keys of its own alone. Needs T = S.
+      block_len: tokens in a block of the causal form. Without `mem_len` it changes the speed, not
+        the result.
+      mem_len: exact tokens M before the block; 0: no window at all, own block included. Causal only.
+      n_sink: exact first tokens of a document. Causal only.
+      q_local, k_local: `[B, T, H, E]`, `[B, S, K, E]`, what exact scores are made of, default q
+        and k; without exact keys they have no effect.
+      code_bias: `[H]`, added to every coded score; of the dtype of q or float32.
+      state: what earlier calls saw, see `VQState`; None: nothing. Causal only.
+      return_state: return the state after these tokens too. Causal only.
 
     Returns:
       `[B, T, H, V]` in the dtype of v; 0 for a query that sees no key. NaN or inf in a query, key
-      or value gives NaN in the rows that attend to it and in no other.
+      or value gives NaN in the rows that attend to it and in no other. With `return_state`, that
+      and a `VQState`.
 
     Raises:
-      ValueError, TypeError: shapes or dtypes that do not fit, a codebook with NaN or inf.
+      ValueError, TypeError: shapes or dtypes that do not fit, a codebook with NaN or inf, a window,
+        sinks or a state without `is_causal`.
     """
-    q, k, v = check_qkv(q, k, v, is_causal)
+    q, k, v = check_qkv(q, k, v, is_causal, is_grouped=True)
     if codebook_q is not None:
         codebook_q = check_codebook("codebook_q", codebook_q, q, "q")
     codebook_k = check_codebook("codebook_k", codebook_k, k, "k")
-    mask = check_mask(mask, k, "k")
-    block_len = min(check_at_least("block_len", block_len, 1), q.shape[1])
-    scale = check_scale(scale, q.shape[-1])
-    return _jitted(q, k, v, codebook_q, codebook_k, mask, is_causal, scale, block_len)
+    mask, segment_ids = check_mask(mask, k, "k"), check_segments(segment_ids, q, k)
+    block_len = check_at_least("block_len", block_len, 1)
+    mem_len, n_sink = check_at_least("mem_len", mem_len, 0), check_at_least("n_sink", n_sink, 0)
+    for name, is_set in (
+        ("mem_len", mem_len > 0),
+        ("n_sink", n_sink > 0),
+        ("state", state is not None),
+        ("return_state", return_state),
+    ):
+        if is_set and not is_causal:
+            raise ValueError(f"{name} needs is_causal=True: there is no order otherwise")
+    q_local, k_local = check_local(q_local, k_local, q, k)
+    code_bias = check_bias(code_bias, q)
+    form = Form(
+        scale=check_scale(scale, q.shape[-1]),
+        block_len=block_len,
+        mem_len=mem_len,
+        n_sink=n_sink,
+        is_causal=is_causal,
+        part_len=min(block_len, q.shape[1]),
+        overhang=mem_len,
+        has_segments=segment_ids is not None,
+    )
+    if not form.has_exact:
+        q_local = k_local = None
+    is_aligned = mask is None and segment_ids is None and state is None and not return_state
+    if not is_aligned:
+        form = form._replace(overhang=window_len(block_len, mem_len))
+    if state is not None:
+        check_state(state, k if k_local is None else k_local, v, codebook_k, block_len, mem_len, n_sink)
+    arrays = q, k, v, q_local, k_local, code_bias, codebook_q, codebook_k, mask, segment_ids, state
+    out, after = _vq_attention(form, return_state, *arrays)
+    return (out, after) if return_state else out
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _vq_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    codebook_q: Array | None,
-    codebook_k: Array,
-    mask: Array | None,
-    is_causal: bool,
-    scale: float,
-    block_len: int,
-) -> Array:
-    acc = acc_dtype(q.dtype)
-    codebook_k = codebook_k.astype(acc)
-    queries = Queries.of(codebook_q, codebook_k, scale)
-    if is_causal:
-        return causal_attention(q, k, v, mask, queries, codebook_k, block_len)
-    return full_attention(q, k, v, mask, queries, codebook_k)
-
-
-def _forward(
-    q: Array,
-    k: Array,
-    v: Array,
-    codebook_q: Array | None,
-    codebook_k: Array,
-    mask: Array | None,
-    is_causal: bool,
-    scale: float,
-    block_len: int,
-) -> tuple[Array, tuple[Array | None, ...]]:
-    out = _vq_attention(q, k, v, codebook_q, codebook_k, mask, is_causal, scale, block_len)
-    return out, (q, k, v, codebook_q, codebook_k, mask)
-
-
-def _backward(
-    is_causal: bool, scale: float, block_len: int, residuals: tuple[Any, ...], d_out: Array
-) -> tuple[Array | None, ...]:
-    q, k, v, codebook_q, codebook_k, mask = residuals
-
-    def dense(q: Array, k: Array, v: Array) -> Array:
-        return dense_vq_attention(q, k, v, codebook_q, codebook_k, mask, is_causal, scale)
-
-    _, pull = jax.vjp(dense, q, k, v)
-    return *pull(d_out), None, None, None
-
-
-_vq_attention.defvjp(_forward, _backward)
-_jitted = partial(jax.jit, static_argnums=(6, 7, 8))(_vq_attention)
-
-
-def dense_vq_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    codebook_q: Array | None,
-    codebook_k: Array,
-    mask: Array | None,
-    is_causal: bool,
-    scale: float,
-) -> Array:
-    """The definition: straight-through vectors and a `T x S` softmax. Arguments as `vq_attention`."""
-    acc = acc_dtype(q.dtype)
-    q_hat = q.astype(acc)
-    if codebook_q is not None:
-        q_hat = straight_through(q_hat, lookup(codebook_q.astype(acc), assign(q, codebook_q)))
-    k_hat = straight_through(k.astype(acc), lookup(codebook_k.astype(acc), assign(k, codebook_k)))
-    visible = jnp.ones((1, 1, q.shape[1], k.shape[1]), bool)
-    if is_causal:
-        visible = jnp.tril(visible)
-    if mask is not None:
-        visible = visible & mask[:, None, None]
-        v = jnp.where(mask[:, :, None, None], v, 0)
-    score = einsum("bthd,bshd->bhts", q_hat, k_hat) * jnp.asarray(scale, acc)
-    p, _ = masked_softmax(score, visible)
-    return einsum("bhts,bshv->bthv", p, v.astype(acc)).astype(v.dtype)
-
-
-class Queries(NamedTuple):
-    """How a query scores the key codes: through a table of its own codes, or by itself."""
-
-    codebook: Array | None  # [H, Cq, D]
-    table: Array  # [H, Cq, Ck] scores of query codes; without them scaled key codes [H, Ck, D]
-
-    @classmethod
-    def of(cls, codebook_q: Array | None, codebook_k: Array, scale: float) -> "Queries":
-        scaled = codebook_k * jnp.asarray(scale, codebook_k.dtype)
-        if codebook_q is None:
-            return cls(None, scaled)
-        codebook_q = codebook_q.astype(codebook_k.dtype)
-        return cls(codebook_q, einsum("hcd,hsd->hcs", codebook_q, scaled))
-
-    def score(self, q: Array) -> Array:
-        """Scores `[B, T, H, Ck]` of queries `[B, T, H, D]` against every key code."""
-        if self.codebook is None:
-            return einsum("bthd,hsd->bths", q.astype(self.table.dtype), self.table)
-        score = lookup(self.table, assign(q, self.codebook))
-        return jnp.where(is_finite_row(q)[..., None], score, jnp.nan)
-
-
-def code_weights(score: Array, count: Array) -> Array:
-    """Softmax weight of one key of every code, `exp(a_s) / sum_s n_s exp(a_s)`: `[..., Ck]`.
-
-    The maximum is over codes with keys (n > 0) alone: a code not seen yet never underflows a row.
-    0 for every code where there is no key at all.
-    """
-    top = jnp.max(jnp.where(count > 0, score, -jnp.inf), axis=-1, keepdims=True)
-    mass = jnp.where(count > 0, jnp.exp(score - jnp.where(jnp.isneginf(top), 0, top)), 0)
-    total = jnp.sum(mass * count, axis=-1, keepdims=True)
-    return mass / jnp.where(total == 0, 1, total)
-
-
-def read_keys(k: Array, v: Array, mask: Array | None, codebook_k: Array) -> tuple[Array, Array]:
-    """One-hot codes `[B, S, H, Ck]` (boolean) and values `[B, S, H, V]`, without padded keys."""
-    chosen = is_code(assign(k, codebook_k), codebook_k.shape[1])
-    v = poison_values(k, v)
-    if mask is None:
-        return chosen, v
-    real = mask[:, :, None, None]
-    return chosen & real, jnp.where(real, v, 0)
-
-
-def empty_state(codebook_k: Array, v: Array) -> VQState:
-    """The state that has seen no key, for `codebook_k [H, Ck, D]` and `v [B, S, H, V]`."""
-    shape = v.shape[0], v.shape[2], codebook_k.shape[1]
-    return VQState(jnp.zeros(shape, jnp.int32), jnp.zeros((*shape, v.shape[3]), codebook_k.dtype))
-
-
-def add_keys(state: VQState, count: Array, total: Array) -> VQState:
-    """`state` after more keys, `count [B, H, Ck]` of them with value sums `total [B, H, Ck, V]`.
-
-    Means move by their difference: a sum over a long sequence would lose precision.
-    """
-    after = state.count + count
-    drift = total - count[..., None].astype(total.dtype) * state.mean
-    return VQState(after, state.mean + drift / jnp.maximum(after, 1)[..., None].astype(total.dtype))
-
-
-def full_attention(
-    q: Array, k: Array, v: Array, mask: Array | None, queries: Queries, codebook_k: Array
-) -> Array:
-    """The non-causal form: a reduction over keys, one row per query code, a gather."""
-    batch, length, n_head, width = q.shape
-    n_code, value_width = codebook_k.shape[1], v.shape[-1]
-    acc = codebook_k.dtype
-    token_bytes = 4 * batch * n_head * (2 * n_code + width + value_width)
-
-    def add(state: VQState, start: Array | int, size: int) -> VQState:
-        real = None if mask is None else read_chunk(mask, start, size)
-        chosen, values = read_keys(read_chunk(k, start, size), read_chunk(v, start, size), real, codebook_k)
-        one_hot, values = (to_blocks(x, min(SUM_LEN, size)) for x in (chosen.astype(v.dtype), values))
-        total = jnp.sum(einsum("bhglc,bhglv->bhgcv", one_hot, values), axis=2)
-        return add_keys(state, jnp.sum(chosen, axis=1, dtype=jnp.int32), total)
-
-    state = scan_chunks(add, empty_state(codebook_k, v), k.shape[1], chunk_len(k, k.shape[1], token_bytes))
-    count = state.count[:, None].astype(acc)
-
-    def attend(score: Array) -> Array:
-        weight = code_weights(score, count) * count
-        return einsum("bths,bhsv->bthv", weight, state.mean).astype(v.dtype)
-
-    rows = None if queries.codebook is None else attend(jnp.moveaxis(queries.table, 0, 1)[None])
-
-    def step(out: Array, start: Array | int, size: int) -> Array:
-        chunk = read_chunk(q, start, size)
-        if rows is None:
-            answer = attend(queries.score(chunk))
-        else:
-            batch_ids, head_ids = jnp.arange(batch)[:, None, None], jnp.arange(n_head)[None, None]
-            answer = rows[batch_ids, assign(chunk, queries.codebook), head_ids]
-            answer = jnp.where(is_finite_row(chunk)[..., None], answer, jnp.nan)
-        return write_chunk(out, answer, start)
-
-    out = jnp.zeros((batch, length, n_head, value_width), v.dtype)
-    return scan_chunks(step, out, length, chunk_len(q, length, token_bytes))
-
-
-def causal_attention(
-    q: Array, k: Array, v: Array, mask: Array | None, queries: Queries, codebook_k: Array, block_len: int
-) -> Array:
-    """The causal form: a scan over super-blocks that carries the state of all earlier keys."""
-    super_len = super_block_len(q, v, codebook_k.shape[1], block_len)
-
-    def step(carry: tuple[VQState, Array], start: Array | int, size: int) -> tuple[VQState, Array]:
-        state, out = carry
-        real = None if mask is None else read_chunk(mask, start, size)
-        part_q, part_k, part_v = (read_chunk(x, start, size) for x in (q, k, v))
-        state, chunk = super_block(state, part_q, part_k, part_v, real, queries, codebook_k, block_len)
-        return state, write_chunk(out, chunk, start)
-
-    carry = empty_state(codebook_k, v), jnp.zeros(v.shape, v.dtype)
-    return scan_chunks(step, carry, q.shape[1], super_len)[1]
-
-
-def super_block_len(q: Array, v: Array, n_code: int, block_len: int) -> int:
-    """Tokens of one scan step: whole blocks whose temporaries take about `CHUNK_BYTES`.
-
-    A token needs a few rows of C scores, its row of the block's L x L weights and its vectors; a
-    block also the C x V state at its start.
-    """
-    batch, length, n_head, d_k = q.shape
-    width = d_k + v.shape[-1]
-    token_bytes = 4 * batch * n_head * (4 * n_code + 2 * block_len + 3 * width)
-    block_bytes = 4 * batch * n_head * 2 * n_code * width
-    return chunk_len(q, length, token_bytes + block_bytes // block_len, block_len)
-
-
-def super_block(
+def vq_attention_step(
+    q: Any,
+    k: Any,
+    v: Any,
+    codebook_q: Any,
+    codebook_k: Any,
     state: VQState,
+    *,
+    scale: float | None = None,
+    block_len: int = 128,
+    mem_len: int = 0,
+    n_sink: int = 0,
+    q_local: Any = None,
+    k_local: Any = None,
+    code_bias: Any = None,
+) -> tuple[Array, VQState]:
+    """Causal `vq_attention` of the next tokens, usually one: the output and the state after them.
+
+    Compiled once for all steps. The memory of `state` is reused: it cannot be read afterwards.
+    Arguments, results and errors as in `vq_attention`.
+    """
+    options = {"scale": scale, "block_len": block_len, "mem_len": mem_len, "n_sink": n_sink}
+    arrays = {"q_local": q_local, "k_local": k_local, "code_bias": code_bias}
+    out: tuple[Array, VQState] = _step(q, k, v, codebook_q, codebook_k, state, **arrays, **options)
+    return out
+
+
+@partial(jax.jit, static_argnames=("scale", "block_len", "mem_len", "n_sink"), donate_argnames=("state",))
+def _step(
+    q: Array, k: Array, v: Array, codebook_q: Array | None, codebook_k: Array, state: VQState, **options: Any
+) -> Any:
+    return vq_attention(
+        q, k, v, codebook_q, codebook_k, is_causal=True, state=state, return_state=True, **options
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _vq_attention(
+    form: Form,
+    return_state: bool,
     q: Array,
     k: Array,
     v: Array,
-    mask: Array | None,
-    queries: Queries,
+    q_local: Array | None,
+    k_local: Array | None,
+    code_bias: Array | None,
+    codebook_q: Array | None,
     codebook_k: Array,
-    block_len: int,
-) -> tuple[VQState, Array]:
-    """Causal attention of N tokens after `state`, all their blocks at once.
-
-    With the counts `n_i` of the keys that query i sees, its own block included, w is the weight
-    of one key of each code. Earlier blocks contribute `w n u`; the own block contributes w of each
-    key's code, picked by a product with the one-hot codes and masked to j <= i.
-
-    Args:
-      state: of all earlier tokens.
-      q, k, v: `[B, N, H, D]`, `[B, N, H, D]`, `[B, N, H, V]`.
-      mask: `[B, N]` or None.
-
-    Returns:
-      The state after these tokens and their outputs `[B, N, H, V]`.
-    """
-    acc, dtype = codebook_k.dtype, v.dtype
-    chosen, values = (to_blocks(x, block_len) for x in read_keys(k, v, mask, codebook_k))
-    score = to_blocks(queries.score(q), block_len)  # [B, H, G, L, C]
-    one_hot = chosen.astype(dtype)
-    is_past = jnp.tril(jnp.ones((block_len, block_len), dtype))
-
-    block_count = jnp.sum(chosen, axis=3, dtype=jnp.int32)  # [B, H, G, C]
-    block_sum = einsum("bhglc,bhglv->bhgcv", one_hot, values)
-    drift = block_sum - block_count[..., None].astype(acc) * state.mean[:, :, None]
-    before = state.count[:, :, None] + exclusive_cumsum(block_count)
-    mean = state.mean[:, :, None] + exclusive_cumsum(drift) / jnp.maximum(before, 1)[..., None].astype(acc)
-
-    before = before[:, :, :, None].astype(acc)
-    weight = code_weights(score, before + einsum("lm,bhgmc->bhglc", is_past, one_hot))
-    out = einsum("bhglc,bhgcv->bhglv", (weight * before).astype(dtype), mean.astype(dtype))
-    near = einsum("bhglc,bhgmc->bhglm", weight.astype(dtype), one_hot).astype(dtype)
-    values, first_bad = contain_nonfinite(values, axis=3)
-    out = out + einsum("bhglm,bhgmv->bhglv", near * is_past[None, None, None], values)
-    position = lax.broadcasted_iota(first_bad.dtype, out.shape, 3)
-    out = jnp.where(position >= first_bad, jnp.nan, out).astype(dtype)
-
-    state = add_keys(state, jnp.sum(block_count, axis=2, dtype=jnp.int32), jnp.sum(block_sum, axis=2))
-    return state, from_blocks(out)[:, : q.shape[1]]
+    mask: Array | None,
+    segment_ids: Array | None,
+    state: VQState | None,
+) -> tuple[Array, VQState | None]:
+    shape = q.shape[:2]
+    books = codebook_q, codebook_k
+    if not form.is_causal and not form.has_segments:
+        documents = None if mask is None else Documents(mask, mask, mask)
+        return _full(form, q, k, v, code_bias, *books, documents), None
+    if not form.is_causal:
+        return _both_ways(form, q, k, v, code_bias, books, mask, segment_ids), None
+    has_documents = mask is not None or segment_ids is not None or form.has_exact or return_state
+    documents = find_documents(q, mask, segment_ids, state) if has_documents else None
+    before = state
+    if before is None:
+        width = (k if k_local is None else k_local).shape[3]
+        heads, widths = codebook_k.shape[:2], (width, v.shape[3])
+        before = empty_state(shape[0], heads, widths, v.dtype, form.overhang, form.n_sink)
+    before = jax.tree.map(lax.stop_gradient, before)
+    arrays = q, k, v, q_local, k_local, code_bias, *books, documents, before
+    out, _, coded, codes = _causal(form, *arrays)
+    if not return_state:
+        return out, None
+    k_local, v = lax.stop_gradient(k if k_local is None else k_local), lax.stop_gradient(v)
+    return out, next_state(before, coded, codes, k_local, v, documents, segment_ids)
 
 
-def to_blocks(x: Array, block_len: int) -> Array:
-    """`[B, N, H, ...]` to `[B, H, G, L, ...]`, padded with zeros to whole blocks."""
-    batch, length, n_head, *rest = x.shape
-    n_block = -(-length // block_len)
-    x = jnp.pad(x, ((0, 0), (0, n_block * block_len - length)) + ((0, 0),) * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(batch, n_block, block_len, n_head, *rest), 3, 1)
+def _both_ways(
+    form: Form,
+    q: Array,
+    k: Array,
+    v: Array,
+    code_bias: Array | None,
+    books: tuple[Array | None, Array],
+    mask: Array | None,
+    segment_ids: Array | None,
+) -> Array:
+    """Not causal, with documents: the keys up to a query, and those after it from the other end."""
+    parts = []
+    for step in (1, -1):
+        x = [None if a is None else a[:, ::step] for a in (q, k, v, mask, segment_ids)]
+        documents = find_documents(q, x[3], x[4], None)
+        heads, widths = books[1].shape[:2], (k.shape[3], v.shape[3])
+        state = empty_state(q.shape[0], heads, widths, v.dtype, 0, 0)
+        one_way = form._replace(is_causal=True, is_strict=step < 0)
+        out, lse, _, _ = _causal(one_way, *x[:3], None, None, code_bias, *books, documents, state)
+        parts += [out[:, ::step], lse[:, ::step]]
+    return merge_attention(*parts)[0].astype(v.dtype)
 
 
-def from_blocks(x: Array) -> Array:
-    """`[B, H, G, L, ...]` to `[B, G * L, H, ...]`."""
-    batch, n_head, n_block, block_len, *rest = x.shape
-    return jnp.moveaxis(x, 1, 3).reshape(batch, n_block * block_len, n_head, *rest)
+def finite_codes(x: Array, codebook: Array) -> Array:
+    """Nearest codes, int32 `[B, T, H]`; -1 for a vector with NaN or inf."""
+    batch, length, n_head, width = x.shape
+    chunk = chunk_len(x, length, 4 * batch * n_head * (codebook.shape[1] + width))
+
+    def step(codes: Array, start: Array | int, size: int) -> Array:
+        part = read_chunk(x, start, size)
+        found = jnp.where(is_finite_row(part), assign(part, codebook), -1)
+        return write_chunk(codes, found, start)
+
+    return scan_chunks(step, jnp.zeros((batch, length, n_head), jnp.int32), length, chunk)
 
 
-def exclusive_cumsum(x: Array) -> Array:
-    """Sums over axis 2 of all earlier entries."""
-    total = jnp.cumsum(x, axis=2, dtype=x.dtype)
-    return jnp.concatenate([jnp.zeros_like(total[:, :, :1]), total[:, :, :-1]], axis=2)
+def _read(
+    form: Form,
+    q: Array | None,
+    codes_q: Array | None,
+    codes_k: Array,
+    v: Array,
+    q_local: Array | None,
+    k_local: Array | None,
+    code_bias: Array | None,
+    codebook_q: Array | None,
+    codebook_k: Array,
+    documents: Documents | None,
+) -> tuple[Queries, Keys, Books]:
+    return (
+        Queries(q, codes_q, q_local),
+        Keys(codes_k, v, k_local, documents),
+        Books.of(codebook_q, codebook_k, code_bias, form.scale),
+    )
+
+
+def _quantized(
+    q: Array, k: Array, codebook_q: Array | None, codebook_k: Array
+) -> tuple[Array | None, Array | None, Array]:
+    """q where it stays as it is, else its codes; the codes of k."""
+    codes_k = finite_codes(k, codebook_k)
+    return (q, None, codes_k) if codebook_q is None else (None, finite_codes(q, codebook_q), codes_k)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _causal(form: Form, *arrays: Any) -> tuple[Array, Array, Coded, Array]:
+    return _causal_forward(form, *arrays)[0]
+
+
+def _causal_forward(
+    form: Form,
+    q: Array,
+    k: Array,
+    v: Array,
+    q_local: Array | None,
+    k_local: Array | None,
+    code_bias: Array | None,
+    codebook_q: Array | None,
+    codebook_k: Array,
+    documents: Documents | None,
+    state: VQState,
+) -> tuple[Any, Any]:
+    x = _quantized(q, k, codebook_q, codebook_k)
+    saved = *x, v, q_local, k_local, code_bias, codebook_q, codebook_k, documents
+    queries, keys, books = _read(form, *saved)
+    out, lse, coded = causal_attention(queries, keys, books, state, form)
+    return (out, lse, coded, keys.codes), (saved, state, out, lse)
+
+
+def _causal_backward(form: Form, residuals: Any, d_results: Any) -> tuple[Any, ...]:
+    saved, state, out, lse = residuals
+    queries, keys, books = _read(form, *saved)
+    found = causal_gradients(queries, keys, books, state, form, out, lse, *d_results[:2])
+    bias = None if found.bias is None else found.bias.astype(saved[6].dtype)
+    return *found[:5], bias, None, None, None, None
+
+
+_causal.defvjp(_causal_forward, _causal_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _full(form: Form, *arrays: Any) -> Array:
+    return _full_forward(form, *arrays)[0]
+
+
+def _full_forward(
+    form: Form,
+    q: Array,
+    k: Array,
+    v: Array,
+    code_bias: Array | None,
+    codebook_q: Array | None,
+    codebook_k: Array,
+    documents: Documents | None,
+) -> tuple[Array, Any]:
+    x = _quantized(q, k, codebook_q, codebook_k)
+    saved = *x, v, None, None, code_bias, codebook_q, codebook_k, documents
+    out, seen = full_attention(*_read(form, *saved))
+    return out, (saved, seen, out)
+
+
+def _full_backward(form: Form, residuals: tuple[Any, Seen, Array], d_out: Array) -> tuple[Any, ...]:
+    saved, seen, out = residuals
+    found = full_gradients(*_read(form, *saved), form, seen, out, d_out)
+    bias = None if found.bias is None else found.bias.astype(saved[6].dtype)
+    return *found[:3], bias, None, None, None
+
+
+_full.defvjp(_full_forward, _full_backward)

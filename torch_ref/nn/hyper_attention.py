@@ -49,7 +49,7 @@ class HyperAttention(GatedAttention):
         Raises:
           ValueError, TypeError: shapes or dtypes that do not fit.
         """
-        q, k, v, gate = self.project(x)
+        q, k, v, gate = self.project(x, mask)
         if sample_ids is None:
             sample_ids = self.draw_samples(x.shape[0], x.shape[1])
         out = hyper_attention(

@@ -41,8 +41,13 @@ def as_integers(name: str, x: Any, ndim: int) -> Tensor:
     return x
 
 
-def check_qkv(q: Any, k: Any, v: Any, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`q [B, T, H, D]`, `k [B, S, H, D]`, `v [B, S, H, V]` of one dtype; T = S when causal."""
+def check_qkv(
+    q: Any, k: Any, v: Any, is_causal: bool, *, is_grouped: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`q [B, T, H, D]`, `k [B, S, H, D]`, `v [B, S, H, V]` of one dtype; T = S when causal.
+
+    Grouped, k and v may have fewer heads, a divisor of H.
+    """
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal must be True or False, found {type(is_causal).__name__}")
     q, k, v = as_floats("q", q, 4), as_floats("k", k, 4), as_floats("v", v, 4)
@@ -50,8 +55,12 @@ def check_qkv(q: Any, k: Any, v: Any, is_causal: bool) -> tuple[Tensor, Tensor, 
         if x.dtype != q.dtype:
             raise TypeError(f"{name} must have the dtype of q, found q {q.dtype} and {name} {x.dtype}")
         check_device(name, x, q, "q")
-    if (q.shape[0], q.shape[2], q.shape[3]) != (k.shape[0], k.shape[2], k.shape[3]):
-        raise ValueError(f"k must match q in batch, heads and width, found q {shape(q)} and k {shape(k)}")
+    if is_grouped and q.shape[2] % k.shape[2]:
+        raise ValueError(f"k must have a divisor of the heads of q, found q {shape(q)} and k {shape(k)}")
+    n_head = k.shape[2] if is_grouped else q.shape[2]
+    if (q.shape[0], n_head, q.shape[3]) != (k.shape[0], k.shape[2], k.shape[3]):
+        what = "batch and width" if is_grouped else "batch, heads and width"
+        raise ValueError(f"k must match q in {what}, found q {shape(q)} and k {shape(k)}")
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"v must match k in batch, length and heads, found k {shape(k)} and v {shape(v)}")
     if is_causal and q.shape[1] != k.shape[1]:
@@ -120,6 +129,55 @@ def check_between(name: str, value: Any, low: float, high: float = math.inf) -> 
     if not low <= float(value) <= high:
         raise ValueError(f"{name} must lie in [{low}, {high}], found {value}")
     return float(value)
+
+
+def check_segments(segment_ids: Any, q: Tensor, k: Tensor) -> Tensor | None:
+    """`segment_ids [B, T]` integers, of queries and keys."""
+    if segment_ids is None:
+        return None
+    segment_ids = as_integers("segment_ids", segment_ids, 2)
+    if q.shape[1] != k.shape[1]:
+        raise ValueError(f"segment_ids needs q as long as k, found q {shape(q)} and k {shape(k)}")
+    if segment_ids.shape != q.shape[:2]:
+        raise ValueError(f"segment_ids must be [B, T] of q, found {shape(segment_ids)} and q {shape(q)}")
+    check_device("segment_ids", segment_ids, q, "q")
+    return segment_ids.to(torch.int32)
+
+
+def check_local(q_local: Any, k_local: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """`q_local [B, T, H, E]` and `k_local [B, S, K, E]` of the dtype of q; q and k by default."""
+    q_local = q if q_local is None else as_floats("q_local", q_local, 4)
+    k_local = k if k_local is None else as_floats("k_local", k_local, 4)
+    for name, x, like_name, like in (("q_local", q_local, "q", q), ("k_local", k_local, "k", k)):
+        if x.dtype != like.dtype:
+            raise TypeError(f"{name} must have the dtype of {like_name}, found {x.dtype} and {like.dtype}")
+        if x.shape[:3] != like.shape[:3]:
+            raise ValueError(
+                f"{name} must match {like_name} in batch, length and heads, found {name} {shape(x)} "
+                f"and {like_name} {shape(like)}"
+            )
+        check_device(name, x, like, like_name)
+    if q_local.shape[3] != k_local.shape[3]:
+        raise ValueError(
+            f"k_local must have the width of q_local, found k_local {shape(k_local)} "
+            f"and q_local {shape(q_local)}"
+        )
+    return q_local, k_local
+
+
+def check_bias(code_bias: Any, q: Tensor) -> Tensor | None:
+    """`code_bias [H]` of the dtype of q or its accumulators."""
+    if code_bias is None:
+        return None
+    code_bias = as_floats("code_bias", code_bias, 1)
+    if code_bias.dtype not in (q.dtype, acc_dtype(q.dtype)):
+        raise TypeError(
+            f"code_bias must have the dtype of q or float32, found {code_bias.dtype} for {q.dtype}"
+        )
+    if code_bias.shape != q.shape[2:3]:
+        raise ValueError(f"code_bias must be [H] of q, found code_bias {shape(code_bias)} and q {shape(q)}")
+    check_device("code_bias", code_bias, q, "q")
+    return code_bias
 
 
 def check_scale(scale: Any, width: int) -> float:

@@ -40,9 +40,17 @@ def chunk_len(like: Tensor, length: int, bytes_per_token: int, multiple: int = 1
     return min(2 ** (n_part.bit_length() - 1), -(-length // multiple)) * multiple
 
 
-def scan_chunks(step: Callable[[Carry, int, int], Carry], carry: Carry, length: int, chunk: int) -> Carry:
+def scan_chunks(
+    step: Callable[[Carry, int, int], Carry],
+    carry: Carry,
+    length: int,
+    chunk: int,
+    *,
+    is_reverse: bool = False,
+) -> Carry:
     """Fold `step(carry, start, size)` over the chunks of `[0, length)`; only the last is shorter."""
-    for start in range(0, length, chunk):
+    starts = range(0, length, chunk)
+    for start in reversed(starts) if is_reverse else starts:
         carry = step(carry, start, min(chunk, length - start))
     return carry
 
