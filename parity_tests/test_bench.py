@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -379,7 +380,14 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
     ]
     environment = os.environ | {"PYTHONPATH": str(host.ROOT)}
     process = subprocess.Popen(
-        command, cwd=host.ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=host.ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Where the tests run in the background of a shell, SIGINT is ignored, and children inherit that.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while len(of(tmp_path)) < 3 and time.monotonic() < deadline and process.poll() is None:
