@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -367,10 +366,15 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
     config = write_config(tmp_path / "small.yml")
     lengths = [str(64 * i) for i in range(1, 400)]
     asked = ["--config", str(config), "--backend", "torch", "--mechanism", "exact", "--causal"]
+    # Where the tests run in the background of a shell, SIGINT is ignored, and children inherit that.
+    start = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('bench', run_name='__main__', alter_sys=True)"
+    )
     command = [
         sys.executable,
-        "-m",
-        "bench",
+        "-c",
+        start,
         "scaling",
         *asked,
         "--out",
@@ -386,8 +390,6 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # Where the tests run in the background of a shell, SIGINT is ignored, and children inherit that.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while len(of(tmp_path)) < 3 and time.monotonic() < deadline and process.poll() is None:
