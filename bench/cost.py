@@ -53,7 +53,7 @@ def _count_equation(equation: Any) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "while":
         raise ValueError("a while loop has no trip count before it runs: its operations cannot be counted")
-    inner = [_count_jaxpr(jaxpr) for jaxpr in _inner_jaxprs(params)]
+    inner = [_count_jaxpr(jaxpr) for jaxpr in inner_jaxprs(params)]
     if name == "cond":
         return max(inner)
     if inner:
@@ -68,7 +68,7 @@ def _count_equation(equation: Any) -> int:
     return 0 if name in _MOVES else max(map(math.prod, shapes_in + shapes_out))
 
 
-def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+def inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
     """The jaxprs among the parameters of an equation: of a jit, a scan, a custom rule, ..."""
     for value in params.values():
         for item in value if isinstance(value, list | tuple) else (value,):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from bench.cost import inner_jaxprs
 from vq_common.tolerances import TOLERANCES, relative_rms
 
 DTYPES = ("float64", "float32", "bfloat16")
@@ -56,6 +57,16 @@ def forward_and_gradients_torch(op: Any, primals: tuple[Any, ...], d_out: Any) -
     primals = tuple(x.detach().requires_grad_() for x in primals)
     out = op(*primals)
     return out, torch.autograd.grad(out, primals, d_out, materialize_grads=True)
+
+
+def equations(jaxpr: Any, primitive: str) -> list[Any]:
+    """All equations of a primitive, of those inside other equations too."""
+    found = []
+    for equation in jaxpr.eqns:
+        found += [equation] if equation.primitive.name == primitive else []
+        for inner in inner_jaxprs(equation.params):
+            found += equations(inner, primitive)
+    return found
 
 
 def assert_close(actual: Any, expected: Any, dtype: str, what: str = "forward", limits: int = 1) -> None:

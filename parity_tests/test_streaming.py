@@ -181,7 +181,8 @@ def test_no_state_is_the_state_that_has_seen_nothing(backend: str, case: Case) -
     second = feed(backend, case, inputs, [17], state=start_of(backend, case, inputs))
     np.testing.assert_array_equal(first[0], second[0])
     assert_same(first[1], second[1])
-    np.testing.assert_array_equal(attend(backend, inputs, **case.options), first[0])
+    # Without a state to return it is another program, which may round otherwise.
+    np.testing.assert_allclose(attend(backend, inputs, **case.options), first[0], rtol=0, atol=1e-14)
 
 
 @each_backend
