@@ -42,14 +42,15 @@ KEYS = {
     "ms_p20": "20th percentile",
     "ms_p80": "80th percentile",
     "n_repeat": "timed calls, or batches of enqueued calls",
-    "compile_s": "seconds to compile, before the first call; null where nothing is compiled",
+    "compile_s": "seconds to compile, before the first call; of a step, to compile what takes in the tokens "
+    "before it too; null where nothing is compiled",
     "quantize_ms": "milliseconds to find the codes alone, a part of ms_median; null without codes, "
     "and where that is not timed apart or not part of the call ('bwd', 'step')",
     "peak_bytes": "most bytes in use at once, inputs and output included: as reserved by the compiler (jax), "
     "as seen by the allocator (torch on cuda), as the sum of live storages (torch elsewhere); with 'bwd' "
     "the forward call before it counts",
     "state_bytes": "of a step: bytes kept between tokens, in a state or a key and value cache; else null",
-    "feed_s": "of a step: seconds to take in the tokens before it, compilation included; else null",
+    "feed_s": "of a step: seconds to take in the tokens before it, without compilation; else null",
     "temp_bytes": "those that the compiler reserves beside inputs and output; null where nothing is compiled",
     "oracle_error": "relative RMS error to the float64 oracle, of the output, found before timing on the "
     "first tokens; null where no output is timed ('bwd')",

@@ -224,7 +224,10 @@ def test_codes_are_not_trained(backend: str) -> None:
 
 
 def test_one_scan_over_super_blocks() -> None:
-    """Beside the two that find codes there is one scan, whose number of steps follows from the shapes."""
+    """Beside those that find codes there is one scan, whose number of steps follows from the shapes.
+
+    On a GPU, where chunks are larger, the codes of this length are found without one.
+    """
     length, n_head, width, n_code, block_len = 2**15, 4, 64, 128, 128
     x = jax.ShapeDtypeStruct((1, length, n_head, width), jnp.float32)
     book = jax.ShapeDtypeStruct((n_head, n_code, width), jnp.float32)
@@ -239,7 +242,7 @@ def test_one_scan_over_super_blocks() -> None:
     )
     assert step % block_len == 0
     assert block_len < step < length
-    assert len(scans) == 3
+    assert len(scans) == (1 if jax.default_backend() == "gpu" else 3)
     assert [scan.params["length"] for scan in scans].count(length // step) == 1
 
 
