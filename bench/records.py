@@ -12,7 +12,7 @@ from typing import Any
 Record = dict[str, Any]
 
 KEYS = {
-    "suite": "name of the suite: 'scaling' or 'decode'",
+    "suite": "name of the suite: 'scaling', 'decode', 'codebook', 'memory' or 'accuracy'",
     "backend": "'jax' or 'torch'",
     "mechanism": "'vq_qk', 'vq_k', 'vq_qk_window', 'vq_k_window', 'hyper' or 'exact'",
     "implementation": "kernel that ran: 'xla', 'cudnn', 'eager', 'flash', ...; null where none did",
@@ -52,6 +52,22 @@ KEYS = {
     "state_bytes": "of a step: bytes kept between tokens, in a state or a key and value cache; else null",
     "feed_s": "of a step: seconds to take in the tokens before it, without compilation; else null",
     "temp_bytes": "those that the compiler reserves beside inputs and output; null where nothing is compiled",
+    "observed_bytes": "most bytes seen in use while calls ran, of the allocator (cuda) or of the process "
+    "beyond what it had before (cpu); null where that is not asked for",
+    "dispatch_ms": "milliseconds of the host to enqueue one call without waiting for it; null on a cpu",
+    "floor_ms": "no kernel is faster: the longer of definition_bytes over copy_gb_s and definition_flops "
+    "over matmul_tflop_s",
+    "definition_bytes": "bytes that the definition moves: every input read once, every output written once",
+    "definition_flops": "operations of the matrix products that the definition needs",
+    "copy_gb_s": "10^9 bytes a second, read and written, of a large copy on this device in the same run",
+    "matmul_tflop_s": "10^12 operations a second of a large matrix product of this dtype, in the same run",
+    "exact_ms": "ms_median of exact attention by the framework's best kernel: the same backend, form, length "
+    "and direction in the same run; null where that was not measured",
+    "quantize_error_q": "relative RMS error of quantized q; null where it is not quantized or not asked for",
+    "quantize_error_k": "the same of k",
+    "exact_error": "relative RMS error of the output to exact attention in float64 on the same q, k, v; null "
+    "where that is not asked for",
+    "layer": "where q, k and v are captured, as 'smollm2-135m/12'; null where they are made from `input`",
     "oracle_error": "relative RMS error to the float64 oracle, of the output, found before timing on the "
     "first tokens; null where no output is timed ('bwd')",
     "gradient_error": "the same of the gradients of q, k and v, the largest of the three; null without them",
@@ -74,12 +90,13 @@ IDENTITY = (
     "direction",
     "length",
     "config_hash",
+    "layer",
 )
 
 
 def identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
     """What makes two records measurements of the same thing."""
-    return tuple(record[key] for key in IDENTITY)
+    return tuple(record.get(key) for key in IDENTITY)
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:

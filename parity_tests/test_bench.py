@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from bench import __main__ as command_line
+from bench import arguments as bench_arguments
 from bench import fit, host, inputs, measure, predict, records, registry, report, runner, session, verify
 from bench import worker as worker_module
 from bench.inputs import Store
@@ -25,6 +26,7 @@ from bench.job import Job, Point
 from bench.ledger import Ledger
 from bench.prepare import Preparer
 from bench.process import Child, ChildDied
+from bench.suites import scaling
 from vq_common import BenchConfig, TransformerConfig
 
 LENGTHS = (64, 128, 256)
@@ -771,7 +773,7 @@ def test_a_missing_or_misshapen_output_is_infinitely_wrong() -> None:
 
 
 def parse(*arguments: str) -> session.Options:
-    return command_line.options(command_line.parser().parse_args(["scaling", *arguments]))
+    return scaling.options(command_line.parser().parse_args(["scaling", *arguments]))
 
 
 def test_options_change_the_configuration() -> None:
@@ -817,10 +819,10 @@ def test_a_missing_backend_leaves_the_other(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(host, "is_installed", lambda name: name == "torch")
-    assert command_line.chosen_backends("both", "auto") == ("torch",)
+    assert bench_arguments.chosen_backends("both", "auto") == ("torch",)
     assert "jax is not installed: only torch runs" in capsys.readouterr().out
     with pytest.raises(ValueError, match="jax not installed: pip install"):
-        command_line.chosen_backends("jax", "auto")
+        bench_arguments.chosen_backends("jax", "auto")
 
 
 def test_a_device_that_is_named_is_required(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from bench import __main__ as command_line
+from bench import arguments as bench_arguments
 from bench import decode, registry, report, runner, session, verify
 from bench.inputs import random_qkv
 from bench.job import STEP, Job, Point
+from bench.suites import decode as decode_suite
 from parity_tests.test_bench import InProcess, fake, of, options, small_job, write_config  # noqa: F401
 from vq_common import BenchConfig
 
@@ -190,6 +192,6 @@ def test_a_report_of_no_decoding_is_written(tmp_path: Path) -> None:
 def test_options_of_decoding(tmp_path: Path) -> None:
     config = str(write_config(tmp_path / "small.yml"))
     asked = command_line.parser().parse_args(["decode", "--config", config, "--backend", "torch"])
-    found = command_line.options(asked)
+    found = decode_suite.options(asked)
     assert (found.suite, found.direction, found.causal) == ("decode", STEP, (True,))
-    assert (found.mechanisms, found.out) == (MECHANISMS, command_line.OUT / "decode")
+    assert (found.mechanisms, found.out) == (MECHANISMS, bench_arguments.OUT / "decode")

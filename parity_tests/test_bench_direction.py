@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from bench import __main__ as command_line
+from bench import arguments as bench_arguments
 from bench import fit, predict, records, registry, runner, verify
 from bench.job import Point
+from bench.suites import scaling
 from parity_tests.test_bench import InProcess, of, options, small_job, write_config
 from vq_common import BenchConfig
 
@@ -175,12 +177,12 @@ def test_options_of_directions_and_windows(tmp_path: Path) -> None:
     config = str(write_config(tmp_path / "small.yml"))
     base = ["scaling", "--config", config, "--backend", "torch"]
     given = ["--direction", "bwd", "--mem-len", "9", "--n-sink", "0"]
-    found = command_line.options(command_line.parser().parse_args([*base, *given]))
+    found = scaling.options(command_line.parser().parse_args([*base, *given]))
     assert (found.direction, found.job.mem_len, found.job.n_sink) == ("bwd", 9, 0)
-    assert found.out == command_line.OUT / "scaling_bwd"
+    assert found.out == bench_arguments.OUT / "scaling_bwd"
     assert "vq_qk_window" in found.mechanisms
-    plain = command_line.options(command_line.parser().parse_args(base))
-    assert (plain.direction, plain.out) == ("fwd", command_line.OUT / "scaling")
+    plain = scaling.options(command_line.parser().parse_args(base))
+    assert (plain.direction, plain.out) == ("fwd", bench_arguments.OUT / "scaling")
     assert plain.job.digest != found.job.digest
 
 

@@ -241,7 +241,8 @@ def test_a_backend_runs_without_the_other(blocked: set[str], code: str) -> None:
 
 PACKAGES = (*BACKENDS, "vq_common", "bench")
 SOURCES = [f"{package}/{file}" for package in PACKAGES for file in files_of(package)]
-TALKS = {"bench/__main__.py", "bench/progress.py", "bench/runner.py", "bench/worker.py"}  # the command line
+# The command line.
+TALKS = {f"bench/{name}.py" for name in ("__main__", "arguments", "progress", "runner", "worker")}
 
 
 @pytest.mark.parametrize("file", SOURCES)

@@ -1,0 +1,54 @@
+"""`python -m bench scaling`: time against sequence length."""
+
+import argparse
+
+from bench import runner, session
+from bench.arguments import OUT, add_common, session_options
+from bench.job import DIRECTIONS, is_windowed
+from bench.registry import MECHANISMS, default_mechanisms
+
+HELP = "time against sequence length"
+DESCRIPTION = (
+    "Time of a call against sequence length, of every mechanism in both backends, on q, k and v of real "
+    "text. Everything is verified before it is timed: outputs, and gradients where they are timed. What is "
+    "not given here is read from --config."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this suite."""
+    parser.add_argument(
+        "--direction",
+        choices=DIRECTIONS,
+        default=DIRECTIONS[0],
+        help="what is timed: a forward call, the backward pass alone (the pullback of a random cotangent to "
+        "q, k and v, on what an untimed forward pass saved), or both in one call; default: fwd",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--causal", action="store_true", help="only causal attention; default: both forms")
+    form.add_argument("--full", action="store_true", help="only attention that is not causal")
+    every = ", ".join(name for name in MECHANISMS if not is_windowed(name))
+    windowed = ", ".join(name for name in MECHANISMS if is_windowed(name))
+    add_common(
+        parser,
+        f"repeatable; default: {every}; with --mem-len or --n-sink also {windowed}, which are causal only",
+        f"{OUT / 'scaling'}, with the direction after it unless that is fwd",
+    )
+
+
+def options(arguments: argparse.Namespace) -> session.Options:
+    """What to run; errors as of `session_options`."""
+    common = session_options(arguments)
+    direction = arguments.direction
+    return session.Options(
+        mechanisms=tuple(dict.fromkeys(arguments.mechanism or default_mechanisms(common["job"]))),
+        causal=(True,) if arguments.causal else (False,) if arguments.full else (False, True),
+        out=arguments.out or OUT / (f"scaling_{direction}" if direction != "fwd" else "scaling"),
+        direction=direction,
+        **common,
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the suite; its exit code."""
+    return runner.run(options(arguments))
