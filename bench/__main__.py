@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench import session
-from bench.suites import SUITES
+from bench.suites import READERS, SUITES
 
 
 def suite(name: str) -> Any:
@@ -16,10 +16,10 @@ def suite(name: str) -> Any:
 
 
 def parser() -> argparse.ArgumentParser:
-    """All suites and their options."""
+    """All suites, the commands that read what they wrote, and their options."""
     main = argparse.ArgumentParser(prog="python -m bench", description="Measure attention mechanisms.")
     commands = main.add_subparsers(dest="suite", required=True, metavar="suite")
-    for name in SUITES:
+    for name in (*SUITES, *READERS):
         module = suite(name)
         module.add_arguments(commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION))
     return main

@@ -1,3 +1,4 @@
-"""The suites of `python -m bench`: one module each, with `HELP`, `DESCRIPTION`, `add_arguments` and `run`."""
+"""The commands of `python -m bench`: a module each, with `HELP`, `DESCRIPTION`, `add_arguments`, `run`."""
 
-SUITES = ("scaling", "decode")
+SUITES = ("scaling", "decode")  # what measures
+READERS = ("compare",)  # what reads results

@@ -1,0 +1,45 @@
+"""Markdown: tables, and how figures are written."""
+
+from collections.abc import Iterable, Sequence
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table, figures to the right of a first column of names."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def filled(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table without the columns in which no row has anything; '' without rows."""
+    rows = list(rows)
+    kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    return table([head[i] for i in kept], [[row[i] for i in kept] for row in rows]) if rows else ""
+
+
+def milliseconds(value: float | None) -> str:
+    """Three digits, or whole ones from 100 on."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def ratio(value: float | None) -> str:
+    """Two decimals."""
+    return "" if value is None else f"{value:.2f}"
+
+
+def mebibytes(n_bytes: float | None) -> str:
+    """'1,234' or '0.0123', of 2^20 bytes."""
+    return "" if n_bytes is None else milliseconds(n_bytes / 2**20)
+
+
+def error(value: float | None) -> str:
+    return "" if value is None else f"{value:.2e}" if 0 < value < 1e-2 else f"{value:.3f}"
+
+
+def count(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.3g} %"
