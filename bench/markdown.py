@@ -1,4 +1,4 @@
-"""Markdown: tables, and how figures are written."""
+"""Pieces of a Markdown page."""
 
 from collections.abc import Iterable, Sequence
 
@@ -17,29 +17,32 @@ def filled(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    """Three digits, or whole ones from 100 on."""
+    """Three digits, or whole milliseconds where these are more; nothing for None."""
     if value is None:
         return ""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def mebibytes(value: float | None) -> str:
+    """Bytes as MiB, likewise."""
+    return milliseconds(None if value is None else value / 2**20)
+
+
 def ratio(value: float | None) -> str:
-    """Two decimals."""
+    """Two decimals; nothing for None."""
     return "" if value is None else f"{value:.2f}"
 
 
-def mebibytes(n_bytes: float | None) -> str:
-    """'1,234' or '0.0123', of 2^20 bytes."""
-    return "" if n_bytes is None else milliseconds(n_bytes / 2**20)
-
-
 def error(value: float | None) -> str:
-    return "" if value is None else f"{value:.2e}" if 0 < value < 1e-2 else f"{value:.3f}"
-
-
-def count(value: int | None) -> str:
-    return "" if value is None else f"{value:,}"
+    """A relative error; nothing for None."""
+    return "" if value is None else f"{value:.1e}" if 0 < value < 1e-2 else f"{value:.3f}"
 
 
 def percent(value: float | None) -> str:
+    """A share; nothing for None."""
     return "" if value is None else f"{100 * value:.3g} %"
+
+
+def count(value: int | None) -> str:
+    """With commas; nothing for None."""
+    return "" if value is None else f"{value:,}"

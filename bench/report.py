@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import fit, markdown, plot
+from bench import fit, plot
 from bench.fit import Name
+from bench.markdown import milliseconds, table
 from bench.records import Record
 from bench.registry import MECHANISMS
 
@@ -132,7 +133,7 @@ def _sections(
     if kept:
         yield "## Bytes kept between tokens"
         yield "\n".join(f"- {line}" for line in kept)
-    yield _not_measured(found)
+    yield not_measured(found)
 
 
 class State(NamedTuple):
@@ -170,8 +171,8 @@ def memory_lines(found: Iterable[Record]) -> list[str]:
 def _token_table(found: Sequence[Record], names: Sequence[Name]) -> str:
     """Time of a token with its spread, and the bytes of the cache that exact attention needs."""
     cells = {
-        (r["backend"], r["mechanism"], r["length"]): f"{markdown.milliseconds(r['ms_median'])} "
-        f"({markdown.milliseconds(r['ms_p20'])} ... {markdown.milliseconds(r['ms_p80'])})"
+        (r["backend"], r["mechanism"], r["length"]): f"{milliseconds(r['ms_median'])} "
+        f"({milliseconds(r['ms_p20'])} ... {milliseconds(r['ms_p80'])})"
         for r in found
         if r["status"] == "ok"
     }
@@ -185,7 +186,7 @@ def _token_table(found: Sequence[Record], names: Sequence[Name]) -> str:
         ]
         for length in lengths
     ]
-    return markdown.table(
+    return table(
         ["context", "cache, bytes", *(f"{mechanism} {backend}" for backend, mechanism, _ in names)], rows
     )
 
@@ -193,10 +194,9 @@ def _token_table(found: Sequence[Record], names: Sequence[Name]) -> str:
 def _time_table(measured: dict[Name, dict[int, float]], names: Sequence[Name]) -> str:
     lengths = sorted(set().union(*(measured[name] for name in names)))
     rows = [
-        [f"{length:,}", *(markdown.milliseconds(measured[name].get(length)) for name in names)]
-        for length in lengths
+        [f"{length:,}", *(milliseconds(measured[name].get(length)) for name in names)] for length in lengths
     ]
-    return markdown.table(["tokens", *(f"{mechanism} {backend}" for backend, mechanism, _ in names)], rows)
+    return table(["tokens", *(f"{mechanism} {backend}" for backend, mechanism, _ in names)], rows)
 
 
 def _curve_table(measured: dict[Name, dict[int, float]], names: Sequence[Name]) -> str:
@@ -208,20 +208,17 @@ def _curve_table(measured: dict[Name, dict[int, float]], names: Sequence[Name]) 
         slope = f"{item.exponent:.2f}" if item else ""
         over = f"{item.lengths[0]:,} ... {item.lengths[-1]:,}" if item else ""
         rows.append([MECHANISMS[name[1]].title, name[0], slope, over, crossings.get(name, "")])
-    return markdown.table(["mechanism", "backend", "exponent", "fitted over", "faster than exact from"], rows)
+    return table(["mechanism", "backend", "exponent", "fitted over", "faster than exact from"], rows)
 
 
 def _ratio_table(ratios: dict[tuple[Any, ...], float], names: Sequence[Name]) -> str:
     names = [name for name in names if any(key[:3] == name for key in ratios)]
     lengths = sorted({key[3] for key in ratios})
-    rows = [
-        [f"{length:,}", *(markdown.ratio(ratios.get((*name, length))) for name in names)]
-        for length in lengths
-    ]
-    return markdown.table(["tokens", *(f"{fit.curve_name(*name[1:])} {name[0]}" for name in names)], rows)
+    rows = [[f"{length:,}", *(_ratio(ratios.get((*name, length))) for name in names)] for length in lengths]
+    return table(["tokens", *(f"{fit.curve_name(*name[1:])} {name[0]}" for name in names)], rows)
 
 
-def _not_measured(found: Sequence[Record]) -> str:
+def not_measured(found: Sequence[Record]) -> str:
     """Points without a figure, those of one curve and one kind of reason on one line."""
     missing = [record for record in found if record["status"] != "ok"]
     if not missing:
@@ -237,3 +234,7 @@ def _not_measured(found: Sequence[Record]) -> str:
         curve = fit.curve_name(mechanism, is_causal)
         lines.append(f"- {backend} {curve}, {status} at {lengths}: {records[0]['reason']}")
     return "\n".join(lines)
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
