@@ -19,17 +19,12 @@ def write(path: Path, found: Sequence[Group]) -> None:
     Raises:
       ImportError: matplotlib is not installed.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     drawn = [(group, is_causal) for group in found for is_causal in group.forms]
     n_row, n_column = max(math.ceil(len(drawn) / N_COLUMN), 1), min(max(len(drawn), 1), N_COLUMN)
-    figure, axes = pyplot.subplots(
-        n_row, n_column, figsize=(6.8 * n_column, 5.4 * n_row), squeeze=False, layout="constrained"
-    )
-    panels = list(axes.flat)
+    figure = Figure(figsize=(6.8 * n_column, 5.4 * n_row), layout="constrained")
+    panels = list(figure.subplots(n_row, n_column, squeeze=False).flat)
     for (group, is_causal), panel in zip(drawn, panels, strict=False):
         draw = _draw_trade if group.suite == "accuracy" else _draw_curves
         draw(panel, group, is_causal)
@@ -40,7 +35,6 @@ def write(path: Path, found: Sequence[Group]) -> None:
     for panel in panels[len(drawn) :]:
         panel.axis("off")
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def _draw_curves(panel: Any, group: Group, is_causal: bool) -> None:

@@ -30,17 +30,13 @@ def write(path: Path, found: Sequence[Record]) -> None:
     Raises:
       ImportError: matplotlib is not installed.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     measured = fit.curves(found)
     slopes = {item[:3]: item.exponent for item in fit.fits(measured)}
     forms = sorted({name[2] for name in measured}) or [False]
-    figure, panels = pyplot.subplots(
-        1, len(forms), figsize=(6.2 * len(forms), 5.2), sharey=True, squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(6.2 * len(forms), 5.2), layout="constrained")
+    panels = figure.subplots(1, len(forms), sharey=True, squeeze=False)
     for is_causal, panel in zip(forms, panels[0], strict=True):
         for (backend, mechanism, form), curve in measured.items():
             if form != is_causal:
@@ -69,7 +65,6 @@ def write(path: Path, found: Sequence[Record]) -> None:
     panels[0][0].set_ylabel(CALLS[found[0]["direction"] if found else "fwd"])
     figure.suptitle(_subtitle(found), fontsize=9)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def _subtitle(found: Sequence[Record]) -> str:
