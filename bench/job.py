@@ -136,6 +136,11 @@ class Job:
         )
 
 
+def is_exact(mechanism: str) -> bool:
+    """Whether a mechanism is exact attention, by the framework's best kernel or one that is named."""
+    return mechanism.startswith("exact")
+
+
 def is_windowed(mechanism: str) -> bool:
     """Whether a mechanism is VQ-attention with an exact window."""
     return mechanism.endswith("_window")

@@ -47,6 +47,20 @@ class Ledger:
         """Say what a backend runs on: a record of another device is another measurement."""
         self._devices[backend] = device, device_name
 
+    def device(self, backend: str) -> str:
+        """Name of the device that a backend runs on."""
+        return self._devices[backend][1]
+
+    def join_exact(self) -> None:
+        """Write the time of exact attention into every record of this run that it was measured beside."""
+        ok = [record for record in self.current() if record["status"] == "ok"]
+        exact = {_pair(record): record["ms_median"] for record in ok if record["mechanism"] == "exact"}
+        ids = {records.identity(record) for record in ok}
+        found = records.read(self.path)
+        joined = [r | {"exact_ms": exact.get(_pair(r))} if records.identity(r) in ids else r for r in found]
+        if joined != found:
+            records.rewrite(self.path, joined)
+
     def current(self) -> list[Record]:
         """The newest record of every point of this job on these devices."""
         return [
@@ -88,6 +102,11 @@ class Ledger:
             **point._asdict(),
             "config_hash": self.job.digest,
         }
+
+
+def _pair(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a record has in common with that of exact attention to the same inputs."""
+    return tuple(record[key] for key in ("backend", "is_causal", "direction", "length", "commit"))
 
 
 def refusals(found: Iterable[Record]) -> list[Record]:

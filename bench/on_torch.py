@@ -33,9 +33,6 @@ DEVICES = {
 }
 
 
-TIMING = {"cpu": "host clock", "cuda": "device events", "mps": "host clock, enqueued calls"}
-
-
 def _graph(fn: Callable[..., Any], arrays: tuple[Tensor, ...]) -> tuple[Any, ...]:
     """The output of `fn` with its graph, what it is differentiated by, and the cotangent."""
     *inputs, d_out = arrays
@@ -77,7 +74,7 @@ class Backend:
             raise ValueError(f"torch {torch.__version__} sees no {device} device")
         self.device = DEVICES[self.kind]
         self.job = job
-        self.timing = TIMING[self.kind]
+        self._copied: Tensor | None = None
 
     def array(self, x: NDArray[Any], dtype: str) -> Tensor:
         """A NumPy array on the device; bfloat16 comes as its bits."""
@@ -119,8 +116,8 @@ class Backend:
         """Bytes of all arrays."""
         return sum(x.nbytes for x in tree_leaves(tree) if isinstance(x, Tensor))
 
-    def times(self, program: measure.Program, arrays: tuple[Tensor, ...]) -> tuple[list[float], int | None]:
-        """Milliseconds of repeated calls, and the peak of memory.
+    def times(self, program: measure.Program, arrays: tuple[Tensor, ...]) -> measure.Timed:
+        """Repeated calls, on CUDA by events.
 
         The peak is the allocator's on CUDA; elsewhere one more warm-up call is followed storage
         by storage, which does not see the workspace of single operations.
@@ -136,18 +133,35 @@ class Backend:
             arguments = program.arguments(arrays)
             call_s = measure.warm_up(call, synchronize, max(job.n_warmup, 1))
             peak = int(torch.cuda.max_memory_allocated())
+            dispatch_ms = measure.dispatch(call, synchronize, measure.batch_size(call_s))
             event = partial(torch.cuda.Event, enable_timing=True)
-            return measure.time_events(call, event, synchronize, call_s=call_s, **sizes), peak
+            times = measure.time_events(call, event, synchronize, call_s=call_s, **sizes)
+            return measure.Timed(times, "device events", peak, dispatch_ms)
         with TrackMemory() as tracker:
             arguments = program.arguments(arrays)
             synchronize(call())
         peak = sum(x.untyped_storage().nbytes() for x in arrays) + tracker.peak + program.held_bytes
         call_s = measure.warm_up(call, synchronize, job.n_warmup - 1)
-        n_inner = 1 if self.kind == "cpu" else measure.batch_size(call_s)
-        return measure.time_calls(call, synchronize, n_inner=n_inner, **sizes), peak
+        if self.kind == "cpu":
+            return measure.Timed(measure.time_calls(call, synchronize, **sizes), "host clock", peak)
+        n_inner = measure.batch_size(call_s)
+        dispatch_ms = measure.dispatch(call, synchronize, n_inner)
+        times = measure.time_calls(call, synchronize, n_inner=n_inner, **sizes)
+        return measure.Timed(times, "host clock, enqueued calls", peak, dispatch_ms)
+
+    def copy(self, x: Tensor) -> Tensor:
+        """An array written anew, for the rate at which memory is read and written."""
+        if self._copied is None or self._copied.shape != x.shape:
+            self._copied = torch.empty_like(x)
+        return torch.add(x, 1, out=self._copied)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """`x [N, N]` times itself."""
+        return x @ x
 
     def release(self) -> None:
         """Give cached memory back, so that the other backend's process can have it."""
+        self._copied = None
         if self.kind == "cuda":
             torch.cuda.empty_cache()
         elif self.kind == "mps":

@@ -14,6 +14,11 @@ COLORS = {
     "vq_k_window": "#8c8c3a",
     "hyper": "#c9802b",
     "exact": "#b03a48",
+    "exact_cudnn": "#8e2f7b",
+    "exact_xla": "#d98880",
+    "exact_flash": "#e05a33",
+    "exact_efficient": "#a6785a",
+    "exact_math": "#5c5c5c",
 }
 CALLS = {
     "fwd": "one forward call, ms",

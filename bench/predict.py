@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bench.job import STEP, Job, Point
+from bench.job import STEP, Job, Point, is_exact
 
 UNIT = 2048  # tokens, about where exact attention takes as long as the linear mechanisms
 # float32 arrays [B, H, T, T] that an exact kernel keeps which stores its scores.
@@ -44,7 +44,7 @@ def work(job: Job, point: Point) -> float:
     units = point.length / UNIT
     if point.direction == STEP:
         return units if point.mechanism == "exact" else 1.0
-    if point.mechanism == "exact":
+    if is_exact(point.mechanism):
         return units**2
     if point.mechanism == "hyper" and point.is_causal:
         piece = min(point.length, job.min_seq_len) / UNIT
@@ -74,7 +74,7 @@ def memory_bytes(job: Job, point: Point, seen: Sequence[Seen]) -> int:
         is_kept = point.mechanism == "exact"
         return rows * 2 * (job.width + job.value_width) * itemsize if is_kept else 0
     implementation = max(seen, key=lambda s: s.length).implementation if seen else ""
-    is_quadratic = point.mechanism == "exact" and implementation in ("xla", "math", "")
+    is_quadratic = is_exact(point.mechanism) and implementation in ("xla", "math", "")
     peaks = {s.length: s.peak_bytes for s in seen if s.peak_bytes}
     if peaks:
         longest = max(peaks)

@@ -6,10 +6,20 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from bench.job import STEP, Job, Point, is_windowed
+from bench.job import STEP, Job, Point, is_exact, is_windowed
 
 PACKAGES = {"jax": "jax_vq", "torch": "torch_ref"}
 BACKENDS = tuple(PACKAGES)
+# Kernels of exact attention that can be asked for, and what each framework calls them.
+KERNELS = {
+    "jax": {"cudnn": "cudnn", "xla": "xla"},
+    "torch": {
+        "cudnn": "CUDNN_ATTENTION",
+        "flash": "FLASH_ATTENTION",
+        "efficient": "EFFICIENT_ATTENTION",
+        "math": "MATH",
+    },
+}
 DIFFERENTIABLE = ("q", "k", "v")  # the first arguments of every mechanism
 
 Shape = tuple[int, ...]
@@ -60,7 +70,12 @@ def unsupported(backend: str, job: Job, point: Point) -> str | None:
         return "an exact window is of causal attention only"
     if point.mechanism == "hyper" and point.direction == STEP:
         return "HyperAttention has no step: it sorts whole sequences"
-    if point.mechanism == "exact" and backend == "jax":
+    if is_exact(point.mechanism) and point.mechanism != "exact":
+        if point.direction == STEP:
+            return "one token is timed with the kernel that 'exact' picks"
+        if kernel_of(point.mechanism) not in KERNELS[backend]:
+            return f"{backend} has no such kernel: {', '.join(KERNELS[backend])}"
+    if is_exact(point.mechanism) and backend == "jax":
         if job.width != job.value_width:
             return f"jax.nn.dot_product_attention needs d_k == d_v, found {job.width} and {job.value_width}"
         if job.dtype == "float64":
@@ -98,9 +113,15 @@ def _build_hyper(backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...
     return Built(partial(op, is_causal=is_causal, scale=1.0, **sizes), _default_implementation(backend))
 
 
-def _build_exact(backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
+def kernel_of(mechanism: str) -> str | None:
+    """The kernel that 'exact_flash' and the like name; None lets the best one be picked."""
+    return mechanism.partition("_")[2] or None
+
+
+def _build_exact(mechanism: str, backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
     """The framework's own kernel, called directly."""
-    return {"jax": _exact_jax, "torch": _exact_torch}[backend](job, is_causal, arrays)
+    build = {"jax": _exact_jax, "torch": _exact_torch}[backend]
+    return build(kernel_of(mechanism), job, is_causal, arrays)
 
 
 def jax_kernel(job: Job) -> str:
@@ -112,11 +133,11 @@ def jax_kernel(job: Job) -> str:
     return "cudnn" if jax.default_backend() == "gpu" and is_half and fits else "xla"
 
 
-def _exact_jax(job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
+def _exact_jax(kernel: str | None, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
     import jax
 
     is_half = job.dtype in ("bfloat16", "float16")
-    implementation = jax_kernel(job)
+    implementation = kernel or jax_kernel(job)
 
     def exact(q: Any, k: Any, v: Any) -> Any:
         with jax.default_matmul_precision("default" if is_half else "highest"):
@@ -127,7 +148,7 @@ def _exact_jax(job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
     return Built(exact, implementation)
 
 
-def _exact_torch(job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
+def _exact_torch(asked: str | None, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -147,6 +168,10 @@ def _exact_torch(job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
             torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
 
     q, k, v = arrays
+    if asked is not None:
+        kernel = getattr(SDPBackend, KERNELS["torch"][asked])
+        probe(kernel)
+        return Built(partial(forced, kernel), asked)
     if q.device.type != "cuda":
         name = "sdpa"  # where torch does not tell what it chooses
         with contextlib.suppress(RuntimeError):
@@ -179,6 +204,11 @@ def _vq(mechanism: str, title: str, *quantized: str) -> Mechanism:
     )
 
 
+def _exact(mechanism: str, title: str) -> Mechanism:
+    """Exact attention, by the kernel that the mechanism names."""
+    return Mechanism(title, ("q", "k", "v"), (), partial(_build_exact, mechanism))
+
+
 MECHANISMS: dict[str, Mechanism] = {
     "vq_qk": _vq("vq_qk", "VQ-attention, queries and keys", "q", "k"),
     "vq_k": _vq("vq_k", "VQ-attention, keys only", "k"),
@@ -190,13 +220,18 @@ MECHANISMS: dict[str, Mechanism] = {
         quantized=(),
         build=_build_hyper,
     ),
-    "exact": Mechanism(title="exact attention", arrays=("q", "k", "v"), quantized=(), build=_build_exact),
+    "exact": _exact("exact", "exact attention"),
+    **{
+        f"exact_{kernel}": _exact(f"exact_{kernel}", f"exact attention, {kernel}")
+        for kernel in dict.fromkeys(kernel for kernels in KERNELS.values() for kernel in kernels)
+    },
 }
 
 
 def default_mechanisms(job: Job) -> tuple[str, ...]:
-    """All, the window form only where the configuration has a window or sinks."""
-    return tuple(name for name in MECHANISMS if job.has_exact_part or not is_windowed(name))
+    """All that pick their own kernel; the window form only where the job has a window or sinks."""
+    names = (name for name in MECHANISMS if name == "exact" or not is_exact(name))
+    return tuple(name for name in names if job.has_exact_part or not is_windowed(name))
 
 
 def build(mechanism: str, backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:

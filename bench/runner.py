@@ -57,6 +57,7 @@ def run(options: Options, start_worker: StartWorker = Child) -> int:
     finally:
         pool.close()
         shutil.rmtree(folder, ignore_errors=True)
+    ledger.join_exact()
     found = ledger.current()
     for line in report.write(options.out, found, session.notes, options.suite):
         print(line)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import fit, host, predict, registry, verify
+from bench import fit, floor, host, predict, registry, verify
 from bench.inputs import Store, token_bytes
 from bench.job import Job, Point
 from bench.ledger import Ledger
@@ -72,6 +72,7 @@ class Session:
         self._seen: dict[Key, list[predict.Seen]] = {}
         self._no_memory: dict[Key, int] = {}
         self._filled = 0
+        self._ceilings: dict[str, floor.Ceilings] = {}
 
     # --- start -----------------------------------------------------------------------------
 
@@ -98,7 +99,24 @@ class Session:
         self._done = self.ledger.done()
         self.progress.begin(len(self.points))
         if self._pending():
+            self._find_ceilings()
             self._prepare()
+
+    def _find_ceilings(self) -> None:
+        """The best rates that any backend reaches on each kind of device."""
+        self.progress.now("measuring how fast the device copies and multiplies")
+        found: dict[str, list[floor.Ceilings]] = {}
+        for backend in self.options.backends:
+            answer = self.pool.ask(backend, {"do": "ceilings"})
+            if answer["status"] != "ok":
+                self._note(f"{backend}: the device's own rates could not be measured: {answer['reason']}")
+                continue
+            rates = floor.Ceilings(answer["copy_gb_s"], answer["matmul_tflop_s"])
+            found.setdefault(self.ledger.device(backend), []).append(rates)
+        for device, reached in found.items():
+            copy, matmul = map(max, zip(*reached, strict=True))
+            self._ceilings[device] = floor.Ceilings(copy, matmul)
+            self.progress.line(f"{device}: copies {copy:,.0f} GB/s, multiplies {matmul:,.3g} TFLOP/s")
 
     def _pending(self) -> list[tuple[str, Point]]:
         return [item for item in self.points if self.ledger.identity(*item) not in self._done]
@@ -223,7 +241,10 @@ class Session:
             message = {"do": "measure", **point._asdict(), "max_bytes": self._max_bytes(backend)}
             answer = self.pool.ask(backend, message)
             self._free[backend] = answer.get("free_bytes", self._free[backend])
-        self.ledger.add(backend, point, self._verified.get(key, {}), answer)
+        bounds = floor.record(self.job, point, self._ceilings.get(self.ledger.device(backend)))
+        self.ledger.add(backend, point, self._verified.get(key, {}), bounds, answer)
+        if answer["status"] == "ok" and answer["ms_median"] < bounds.get("floor_ms", 0.0):
+            self._note(f"doubtful: {label.strip()} is faster than its floor, {bounds['floor_ms']:.3g} ms")
         if answer["status"] == "ok":
             self._remember(key, answer | {"length": point.length})
             self.progress.point(f"{label}  {_summary(answer)}")

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from bench import inputs, registry
 from bench.inputs import Store
-from bench.job import STEP, Job
+from bench.job import STEP, Job, is_exact
 from vq_common import oracle, vq_oracle
 from vq_common.tolerances import TOLERANCES, relative_rms
 
@@ -118,7 +118,7 @@ def expected(
     arrays |= {name: raw[name].astype(np.float64) for name in ("codebook_q", "codebook_k", "directions")}
     arrays["sample_ids"] = raw["sample_ids"].astype(np.int64)
     has_out, has_gradients = direction != "bwd", direction in ("bwd", "fwd+bwd")
-    is_vq = mechanism not in ("hyper", "exact")
+    is_vq = mechanism != "hyper" and not is_exact(mechanism)
     heads = []
     for h in range(job.heads):
         arrays_h = {name: _head(name, x, h) for name, x in arrays.items()}

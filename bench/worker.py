@@ -1,7 +1,7 @@
 """One backend in its own process: reads commands and writes answers, one JSON object a line.
 
-The first line is a setup (see `start`); then `{"do": "prepare" | "fill" | "verify" | "measure", ...}`.
-Every answer has `status`: 'ok', 'skipped' or 'failed' with a `reason`.
+The first line is a setup (see `start`); then `{"do": "ceilings" | "prepare" | "fill" | "verify" | "measure",
+...}`. Every answer has `status`: 'ok', 'skipped' or 'failed' with a `reason`.
 """
 
 import importlib
@@ -17,12 +17,16 @@ import numpy as np
 
 from bench import inputs, measure, registry, verify
 from bench.decode import Decoder
+from bench.floor import Ceilings
 from bench.inputs import Store
 from bench.job import STEP, Job, Point
 from bench.measure import Program
 from bench.prepare import Preparer
 
 Answer = dict[str, Any]
+
+COPY_BYTES = 2**30  # of float32 that are copied on a GPU; a quarter on a CPU
+GPU_MATMUL, CPU_MATMUL = 16_384, 1024  # rows of a square product
 
 
 class Worker:
@@ -64,6 +68,21 @@ class Worker:
         """Create the inputs and fit the codebooks."""
         self._preparer().create()
         return {"status": "ok"}
+
+    def ceilings(self) -> Answer:
+        """How fast this device copies and multiplies: the best of repeated calls, see `floor.Ceilings`."""
+        backend, is_cpu = self.backend, self.backend.kind == "cpu"
+        size = CPU_MATMUL if is_cpu else GPU_MATMUL
+        rng = np.random.default_rng(0)
+        x = backend.array(np.tile(rng.standard_normal((size, 256), np.float32), size // 256), self.job.dtype)
+        matmul_ms = min(backend.times(Program(backend.matmul), (x,)).times_ms)
+        n_copied = COPY_BYTES // 4 // (4 if is_cpu else 1)
+        x = backend.array(np.ones(n_copied, np.float32), "float32")
+        copy_ms = min(backend.times(Program(backend.copy), (x,)).times_ms)
+        del x
+        backend.release()
+        rates = Ceilings(8 * n_copied / (1e6 * copy_ms), 2 * size**3 / (1e9 * matmul_ms))
+        return {"status": "ok", **rates._asdict()}
 
     def fill(self, length: int, filled: int) -> Answer:
         """Prepare tokens up to `length`; `filled` are there, perhaps by a process before this one."""
@@ -156,13 +175,14 @@ class Worker:
         if program.peak_bytes is not None and program.peak_bytes > max_bytes:
             reason = f"needs {program.peak_bytes / 2**30:.1f} GiB, {max_bytes / 2**30:.1f} GiB may be used"
             return {"status": "skipped", "reason": reason}
-        times, peak = self.backend.times(program, arrays)
+        timed = self.backend.times(program, arrays)
         return {
             "status": "ok",
-            "timing": self.backend.timing,
-            **measure.spread(times)._asdict(),
+            "timing": timed.timing,
+            **measure.spread(timed.times_ms)._asdict(),
             "compile_s": program.compile_s,
-            "peak_bytes": peak,
+            "peak_bytes": timed.peak_bytes,
+            "dispatch_ms": timed.dispatch_ms,
             "temp_bytes": program.temp_bytes,
         }
 
@@ -182,8 +202,7 @@ class Worker:
         arrays = self._arrays[name], self._arrays[codebook]
         program = Program(self.backend.nearest_codes)
         self.backend.device.synchronize(program.run(*arrays))
-        times, _ = self.backend.times(program, arrays)
-        return measure.spread(times).ms_median
+        return measure.spread(self.backend.times(program, arrays).times_ms).ms_median
 
     def _point_arrays(self, point: Point) -> tuple[Any, ...]:
         """The arguments of a mechanism, on the device while points of this length go on."""

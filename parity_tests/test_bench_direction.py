@@ -35,7 +35,7 @@ def test_gradients_of_every_mechanism_meet_the_oracle(tmp_path: Path, backend: s
         backends=(backend,),
         job=small_job(batch=2, input="random"),
         bench=SHORT,
-        mechanisms=tuple(registry.MECHANISMS),
+        mechanisms=registry.default_mechanisms(small_job(mem_len=1)),
         causal=(False, True),
         direction=direction,
     )

@@ -4,7 +4,7 @@ import argparse
 
 from bench import runner, session
 from bench.arguments import OUT, add_common, session_options
-from bench.job import DIRECTIONS, is_windowed
+from bench.job import DIRECTIONS, is_exact, is_windowed
 from bench.registry import MECHANISMS, default_mechanisms
 
 HELP = "time against sequence length"
@@ -27,11 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--causal", action="store_true", help="only causal attention; default: both forms")
     form.add_argument("--full", action="store_true", help="only attention that is not causal")
-    every = ", ".join(name for name in MECHANISMS if not is_windowed(name))
-    windowed = ", ".join(name for name in MECHANISMS if is_windowed(name))
+    named = [name for name in MECHANISMS if is_exact(name) and name != "exact"]
+    windowed = [name for name in MECHANISMS if is_windowed(name)]
+    every = [name for name in MECHANISMS if name not in (*named, *windowed)]
     add_common(
         parser,
-        f"repeatable; default: {every}; with --mem-len or --n-sink also {windowed}, which are causal only",
+        f"repeatable; default: {', '.join(every)}; with --mem-len or --n-sink also {', '.join(windowed)}, "
+        f"which are causal only; 'exact' takes the best kernel that runs, {', '.join(named)} that one",
         f"{OUT / 'scaling'}, with the direction after it unless that is fwd",
     )
 
