@@ -70,11 +70,8 @@ def unsupported(backend: str, job: Job, point: Point) -> str | None:
         return "an exact window is of causal attention only"
     if point.mechanism == "hyper" and point.direction == STEP:
         return "HyperAttention has no step: it sorts whole sequences"
-    if is_exact(point.mechanism) and point.mechanism != "exact":
-        if point.direction == STEP:
-            return "one token is timed with the kernel that 'exact' picks"
-        if kernel_of(point.mechanism) not in KERNELS[backend]:
-            return f"{backend} has no such kernel: {', '.join(KERNELS[backend])}"
+    if kernel_of(point.mechanism) is not None and point.direction == STEP:
+        return "one token is timed with the kernel that 'exact' picks"
     if is_exact(point.mechanism) and backend == "jax":
         if job.width != job.value_width:
             return f"jax.nn.dot_product_attention needs d_k == d_v, found {job.width} and {job.value_width}"
@@ -114,8 +111,13 @@ def _build_hyper(backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...
 
 
 def kernel_of(mechanism: str) -> str | None:
-    """The kernel that 'exact_flash' and the like name; None lets the best one be picked."""
-    return mechanism.partition("_")[2] or None
+    """The kernel that 'exact_flash' and the like name; None for all other mechanisms."""
+    return mechanism.removeprefix("exact_") if mechanism.startswith("exact_") else None
+
+
+def has_kernel(backend: str, mechanism: str) -> bool:
+    """Whether a framework has the kernel that a mechanism names, if it names one."""
+    return kernel_of(mechanism) in (None, *KERNELS[backend])
 
 
 def _build_exact(mechanism: str, backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:

@@ -38,7 +38,7 @@ class Options(NamedTuple):
 
 
 def plan(options: Options) -> list[tuple[str, Point]]:
-    """All points, pairs side by side.
+    """All points, pairs side by side; a kernel that only one framework has is planned in that one.
 
     Every second length comes first, then those between and the longest, each time with the least
     work first: an interrupt, or the end of the time, leaves curves over a wide range.
@@ -52,7 +52,8 @@ def plan(options: Options) -> list[tuple[str, Point]]:
         for is_causal in options.causal
     ]
     points.sort(key=lambda point: (point.length not in first, predict.work(options.job, point)))
-    return [(backend, point) for point in points for backend in options.backends]
+    pairs = ((backend, point) for point in points for backend in options.backends)
+    return [(backend, point) for backend, point in pairs if registry.has_kernel(backend, point.mechanism)]
 
 
 class Session:
@@ -182,7 +183,11 @@ class Session:
         self.progress.now(f"verifying {name}")
         direction = self.options.direction
         point = Point(mechanism, is_causal, length, direction)
-        backends = [b for b in self.options.backends if not registry.unsupported(b, self.job, point)]
+        backends = [
+            backend
+            for backend in self.options.backends
+            if registry.has_kernel(backend, mechanism) and not registry.unsupported(backend, self.job, point)
+        ]
         expected: dict[str, verify.Array] = {}
         answers = self.pool.ask_all(
             backends,

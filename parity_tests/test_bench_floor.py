@@ -150,11 +150,15 @@ def test_a_named_kernel_is_the_one_that_runs() -> None:
         registry.build("exact_cudnn", "torch", small_job(), True, arrays)
 
 
-def test_a_kernel_that_a_framework_lacks_is_skipped(tmp_path: Path, fake: Any) -> None:  # noqa: F811
-    fake.ms = fake.ms | {"exact_xla": 0.1}
-    runner.run(options(tmp_path, mechanisms=("exact_xla",)), fake)
-    (reason,) = {record["reason"] for record in of(tmp_path, status="skipped")}
-    assert reason == "torch has no such kernel: cudnn, flash, efficient, math"
+def test_a_kernel_is_measured_where_there_is_one(tmp_path: Path, fake: Any) -> None:  # noqa: F811
+    fake.ms = fake.ms | {"exact_xla": 0.1, "exact_cudnn": 0.1}
+    asked = options(tmp_path, mechanisms=("exact_xla", "exact_cudnn"), backends=("jax", "torch"))
+    assert runner.run(asked, fake) == 0
+    assert {(r["backend"], r["mechanism"]) for r in of(tmp_path)} == {
+        ("jax", "exact_xla"),
+        ("jax", "exact_cudnn"),
+        ("torch", "exact_cudnn"),
+    }
 
 
 # --- a killed run ----------------------------------------------------------------------------
