@@ -75,10 +75,10 @@ class Worker:
         size = CPU_MATMUL if is_cpu else GPU_MATMUL
         rng = np.random.default_rng(0)
         x = backend.array(np.tile(rng.standard_normal((size, 256), np.float32), size // 256), self.job.dtype)
-        matmul_ms = min(backend.times(Program(backend.matmul), (x,)).times_ms)
+        matmul_ms = min(self._compiled_times(backend.matmul, x))
         n_copied = COPY_BYTES // 4 // (4 if is_cpu else 1)
         x = backend.array(np.ones(n_copied, np.float32), "float32")
-        copy_ms = min(backend.times(Program(backend.copy), (x,)).times_ms)
+        copy_ms = min(self._compiled_times(backend.copy, x))
         del x
         backend.release()
         rates = Ceilings(8 * n_copied / (1e6 * copy_ms), 2 * size**3 / (1e9 * matmul_ms))
@@ -200,9 +200,12 @@ class Worker:
 
     def _codes_ms(self, name: str, codebook: str) -> float:
         arrays = self._arrays[name], self._arrays[codebook]
-        program = Program(self.backend.nearest_codes)
-        self.backend.device.synchronize(program.run(*arrays))
-        return measure.spread(self.backend.times(program, arrays).times_ms).ms_median
+        return measure.spread(self._compiled_times(self.backend.nearest_codes, *arrays)).ms_median
+
+    def _compiled_times(self, fn: Callable[..., Any], *arrays: Any) -> list[float]:
+        """Milliseconds of repeated calls, after one that compiles."""
+        self.backend.device.synchronize(fn(*arrays))
+        return self.backend.times(Program(fn), arrays).times_ms
 
     def _point_arrays(self, point: Point) -> tuple[Any, ...]:
         """The arguments of a mechanism, on the device while points of this length go on."""

@@ -130,6 +130,7 @@ def test_jax_calls_are_timed_on_the_device(tmp_path: Path) -> None:
 
     backend = Backend("cuda", small_job(n_repeat=3))
     x = backend.array(np.ones((512, 512), "float32"), "float32")
+    backend.device.synchronize(backend.matmul(x))
     timed = backend.times(Program(backend.matmul), (x,))
     assert timed.timing == "device profiler"
     assert len(timed.times_ms) == 3
