@@ -11,7 +11,7 @@ from flax import nnx
 from numpy.typing import NDArray
 
 import jax_vq
-from bench import host, measure
+from bench import host, measure, resident
 from bench.job import Job
 from bench.registry import DIFFERENTIABLE
 from vq_common import TransformerConfig
@@ -20,6 +20,10 @@ from vq_common import TransformerConfig
 def _bytes_free_on_gpu() -> int:
     stats = jax.devices()[0].memory_stats() or {}
     return int(stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0))
+
+
+def _peak_bytes_on_gpu() -> int:
+    return int((jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0))
 
 
 DEVICES = {
@@ -86,6 +90,7 @@ class Backend:
         self.device = DEVICES[self.kind]
         self.job = job
         self._nearest_codes = jax.jit(jax_vq.nearest_codes)
+        self.keeps_peak = self.kind != "cpu"
         self.timing = "host clock" if self.kind == "cpu" else "host clock, enqueued calls"
 
     def array(self, x: NDArray[Any], dtype: str) -> jax.Array:
@@ -152,6 +157,25 @@ class Backend:
         n_inner = 1 if self.kind == "cpu" else measure.batch_size(call_s)
         sizes = {"n_repeat": job.n_repeat, "max_repeat_s": job.max_repeat_s}
         return measure.time_calls(call, synchronize, n_inner=n_inner, **sizes), program.peak_bytes
+
+    def observed_bytes(self, program: measure.Program, arrays: tuple[jax.Array, ...]) -> int | None:
+        """Most bytes seen in use in a call: of the allocator, on a CPU of the process beyond those before.
+
+        The allocator's peak is the highest since the process started: None where a call before this
+        one took more.
+        """
+        arguments = program.arguments(arrays)
+
+        def call() -> Any:
+            return self.device.synchronize(program.run(*arguments))
+
+        if self.kind == "cpu":
+            call()
+            return resident.growth(call)
+        before = _peak_bytes_on_gpu()
+        call()
+        after = _peak_bytes_on_gpu()
+        return after if after > before else None
 
     def release(self) -> None:
         """Give cached memory back; jax keeps none that another call could not take."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import fit, host, predict, registry, verify
+from bench.extras import OBSERVED
 from bench.inputs import Store, token_bytes
 from bench.job import Job, Point
 from bench.ledger import Ledger
@@ -35,6 +36,9 @@ class Options(NamedTuple):
     is_resume: bool
     suite: str = "scaling"
     direction: str = "fwd"
+    extras: tuple[str, ...] = ()  # what records hold beside time, see `extras`
+    title: str = ""  # of this one of several runs
+    held_out: int = 0  # tokens of other text that codebooks are fitted on; 0: those that are measured
 
 
 def plan(options: Options) -> list[tuple[str, Point]]:
@@ -72,6 +76,8 @@ class Session:
         self._seen: dict[Key, list[predict.Seen]] = {}
         self._no_memory: dict[Key, int] = {}
         self._filled = 0
+        self._keeps_peak: set[str] = set()  # backends whose highest peak lasts as long as their process
+        self._in_process: dict[str, Key] = {}
 
     # --- start -----------------------------------------------------------------------------
 
@@ -88,6 +94,7 @@ class Session:
                 raise RunError(f"{backend}: {hello['reason']}")
             self.ledger.set_device(backend, hello["device"], hello["device_name"])
             self._free[backend] = hello["free_bytes"]
+            self._keeps_peak |= {backend} if hello.get("keeps_peak") else set()
             self.progress.line(f"{backend} on {hello['device']} ({hello['device_name']})")
             on_cpu += [backend] if hello["device"] == "cpu" else []
         if on_cpu and self.options.device == "auto" and host.has_nvidia_gpu():
@@ -96,7 +103,9 @@ class Session:
                 f"the CPU; with --device cuda that is an error"
             )
         self._done = self.ledger.done()
-        self.progress.begin(len(self.points))
+        if OBSERVED in self.options.extras and self._keeps_peak:
+            order = list(registry.MECHANISMS)
+            self.points.sort(key=lambda item: (order.index(item[1].mechanism), item[1][1:]))
         if self._pending():
             self._prepare()
 
@@ -211,7 +220,17 @@ class Session:
             if known is not None or key in self._refused:
                 self.progress.point(None)
             else:
+                self._renew(key)
                 self._measure(key, backend, point)
+
+    def _renew(self, key: Key) -> None:
+        """Give a curve a process of its own where the peaks of another one would hide its own."""
+        backend = key[0]
+        if OBSERVED in self.options.extras and backend in self._keeps_peak:
+            self._fill(max(self.options.bench.lengths))
+            if self._in_process.get(backend) != key:
+                self.pool.end(backend)
+            self._in_process[backend] = key
 
     def _measure(self, key: Key, backend: str, point: Point) -> None:
         label = f"{backend:<5} {point.curve:<19} {point.length:>9,}"

@@ -9,13 +9,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from bench import inputs, measure, registry, verify
+from bench import extras, inputs, measure, registry, verify
 from bench.decode import Decoder
 from bench.inputs import Store
 from bench.job import STEP, Job, Point
@@ -31,9 +31,12 @@ class Worker:
     Args:
       backend: an `on_jax.Backend` or `on_torch.Backend`.
       store: where inputs are.
+      asked: what is found beside times, see `extras`.
+      held_out: see `Preparer`.
     """
 
-    def __init__(self, backend: Any, store: Store) -> None:
+    def __init__(self, backend: Any, store: Store, asked: Sequence[str] = (), held_out: int = 0) -> None:
+        self._extras, self._held_out = asked, held_out
         self.backend, self.store, self.job = backend, store, store.job
         self._arrays: dict[str, Any] = {}
         self._loaded = 0, ""  # the length and direction of the arrays
@@ -45,7 +48,8 @@ class Worker:
     def hello(self) -> Answer:
         """What runs here."""
         backend = self.backend
-        return {"status": "ok", "device": backend.kind, "device_name": backend.device.name(), **self._free()}
+        device = {"device": backend.kind, "device_name": backend.device.name()}
+        return {"status": "ok", "keeps_peak": backend.keeps_peak, **device, **self._free()}
 
     def handle(self, message: dict[str, Any]) -> Answer:
         """Answer one command; an error is an answer too."""
@@ -129,6 +133,8 @@ class Worker:
         program = self._verified.pop(point, None)
         program = program or self.backend.compile(built.fn, arrays, point.direction)
         answer = self._time(program, arrays, max_bytes)
+        if extras.ERRORS in self._extras and answer["status"] == "ok":
+            answer |= extras.errors(self.backend, point, program, arrays)
         del program, arrays
         if answer["status"] == "ok":
             answer["implementation"] = built.implementation
@@ -156,9 +162,12 @@ class Worker:
         if program.peak_bytes is not None and program.peak_bytes > max_bytes:
             reason = f"needs {program.peak_bytes / 2**30:.1f} GiB, {max_bytes / 2**30:.1f} GiB may be used"
             return {"status": "skipped", "reason": reason}
+        is_observed = extras.OBSERVED in self._extras
+        observed = self.backend.observed_bytes(program, arrays) if is_observed else None
         times, peak = self.backend.times(program, arrays)
         return {
             "status": "ok",
+            "observed_bytes": observed,
             "timing": self.backend.timing,
             **measure.spread(times)._asdict(),
             "compile_s": program.compile_s,
@@ -205,7 +214,7 @@ class Worker:
 
     def _preparer(self) -> Preparer:
         if self._prepares is None:
-            self._prepares = Preparer(self.store, self.backend)
+            self._prepares = Preparer(self.store, self.backend, self._held_out)
         return self._prepares
 
     def _array(self, name: str, raw: np.ndarray[Any, Any], job: Job, direction: str = "fwd") -> Any:
@@ -233,7 +242,7 @@ def _first_line(text: str) -> str:
 
 
 def start(setup: dict[str, Any]) -> Worker:
-    """The worker of a setup: `backend`, `device`, `folder`, `length`, `job`.
+    """The worker of a setup: `backend`, `device`, `folder`, `length`, `job`, `extras`, `held_out`.
 
     Raises:
       ValueError: the backend has no such device.
@@ -241,7 +250,7 @@ def start(setup: dict[str, Any]) -> Worker:
     job = Job.from_json(setup["job"])
     store = Store(setup["folder"], job, setup["length"])
     backend = importlib.import_module(f"bench.on_{setup['backend']}").Backend(setup["device"], job)
-    return Worker(backend, store)
+    return Worker(backend, store, setup.get("extras", ()), setup.get("held_out", 0))
 
 
 def main() -> None:
