@@ -148,7 +148,7 @@ def _plot(path: Path, found: Sequence[Record]) -> None:
             panel.set_xticks(codes, [str(n) for n in codes])
             panel.minorticks_off()
             panel.grid(alpha=0.3)
-            if names:
+            if panel.get_legend_handles_labels()[0]:
                 panel.legend(fontsize=7)
     panels[0][0].set_ylabel("one forward call, ms (dotted: quantization)")
     panels[1][0].set_ylabel("relative RMS error")

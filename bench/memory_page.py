@@ -183,5 +183,5 @@ def _panel(panel: Any, found: Sequence[Record], direction: str, is_causal: bool)
     panel.set_xticks(sorted(lengths), [f"{T // 1024}k" if T % 1024 == 0 else str(T) for T in sorted(lengths)])
     panel.minorticks_off()
     panel.grid(alpha=0.3)
-    if lengths:
+    if panel.get_legend_handles_labels()[0]:
         panel.legend(fontsize=7)

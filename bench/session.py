@@ -71,8 +71,8 @@ class Session:
         self.notes: list[str] = []
         self._free: dict[str, int] = {}
         self._done: dict[tuple[Any, ...], Any] = {}
-        self._verified: dict[Key, dict[str, Any]] = {}
-        self._refused: set[Key] = set()
+        self.verified: dict[Key, dict[str, Any]] = {}
+        self.refused: dict[Key, str] = {}  # and why
         self._seen: dict[Key, list[predict.Seen]] = {}
         self._no_memory: dict[Key, int] = {}
         self._filled = 0
@@ -198,12 +198,12 @@ class Session:
                 found |= {"oracle_error": errors.out, "gradient_error": errors.gradient}
                 reason = errors.wrong
             if reason is None:
-                self._verified[key] = found | {"twin_error": twin_error}
+                self.verified[key] = found | {"twin_error": twin_error}
                 self._free[backend] = answer["free_bytes"]
                 self._remember(key, {"ms_median": answer["ms"], **point._asdict(), **answer})
                 continue
             reason = f"refused: {reason}"
-            self._refused.add(key)
+            self.refused[key] = reason
             self._note(f"{backend} {name} {reason}")
             shortest = point._replace(length=min(self.options.bench.lengths))
             self.ledger.add(backend, shortest, found, {"status": "failed", "reason": reason})
@@ -217,7 +217,7 @@ class Session:
             known = self._done.get(self.ledger.identity(backend, point))
             if known is not None:
                 self._remember(key, known)
-            if known is not None or key in self._refused:
+            if known is not None or key in self.refused:
                 self.progress.point(None)
             else:
                 self._renew(key)
@@ -242,7 +242,7 @@ class Session:
             message = {"do": "measure", **point._asdict(), "max_bytes": self._max_bytes(backend)}
             answer = self.pool.ask(backend, message)
             self._free[backend] = answer.get("free_bytes", self._free[backend])
-        self.ledger.add(backend, point, self._verified.get(key, {}), answer)
+        self.ledger.add(backend, point, self.verified.get(key, {}), answer)
         if answer["status"] == "ok":
             self._remember(key, answer | {"length": point.length})
             self.progress.point(f"{label}  {_summary(answer)}")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bench import extras, inputs, measure, registry, verify
+from bench import counting, extras, inputs, measure, registry, verify
 from bench.decode import Decoder
 from bench.inputs import Store
 from bench.job import STEP, Job, Point
@@ -110,6 +110,11 @@ class Worker:
         ms = 1e3 * (time.perf_counter() - start)
         outs = {part: f"{prefix}_{part}" for part in parts}
         return found | {"outs": outs, "ms": ms, **self._free()}
+
+    def count(self, mechanism: str, is_causal: bool, lengths: Sequence[int]) -> Answer:
+        """Operations and bytes of a forward call at each length, from shapes."""
+        found = counting.counts(self.backend.name, mechanism, is_causal, self.job, lengths)
+        return {"status": "ok", **found._asdict()}
 
     def measure(
         self, mechanism: str, is_causal: bool, length: int, max_bytes: int, direction: str = "fwd"
