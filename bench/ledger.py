@@ -31,7 +31,7 @@ class Ledger:
     ) -> None:
         self.path, self.suite, self.job, self.direction = path, suite, job, direction
         self.notes: list[str] = []
-        self._devices: dict[str, tuple[str, str]] = {}
+        self.devices: dict[str, tuple[str, str]] = {}
         self._provenance = {"commit": host.commit(), "versions": host.versions()}
         if is_resume:
             if records.repair(path):
@@ -45,11 +45,11 @@ class Ledger:
 
     def set_device(self, backend: str, device: str, device_name: str) -> None:
         """Say what a backend runs on: a record of another device is another measurement."""
-        self._devices[backend] = device, device_name
+        self.devices[backend] = device, device_name
 
     def device(self, backend: str) -> str:
         """Name of the device that a backend runs on."""
-        return self._devices[backend][1]
+        return self.devices[backend][1]
 
     def join_exact(self) -> None:
         """Write the time of exact attention into every record of this run that it was measured beside."""
@@ -68,7 +68,7 @@ class Ledger:
             for record in records.latest(records.read(self.path))
             if (record["suite"], record["direction"]) == (self.suite, self.direction)
             and record["config_hash"] == self.job.digest
-            and (record["device"], record["device_name"]) == self._devices.get(record["backend"])
+            and (record["device"], record["device_name"]) == self.devices.get(record["backend"])
         ]
 
     def done(self) -> dict[tuple[Any, ...], Record]:
@@ -89,7 +89,7 @@ class Ledger:
         records.append(self.path, found)
 
     def _base(self, backend: str, point: Point) -> Record:
-        device, device_name = self._devices[backend]
+        device, device_name = self.devices[backend]
         shape = {key: value for key, value in self.job.to_json().items() if key in SHAPE}
         mem_len, n_sink = self.job.window(point.mechanism)
         return shape | {

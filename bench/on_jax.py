@@ -11,7 +11,7 @@ from flax import nnx
 from numpy.typing import NDArray
 
 import jax_vq
-from bench import device_time, host, measure
+from bench import device_time, host, measure, resident
 from bench.job import Job
 from bench.registry import DIFFERENTIABLE
 from vq_common import TransformerConfig
@@ -20,6 +20,10 @@ from vq_common import TransformerConfig
 def _bytes_free_on_gpu() -> int:
     stats = jax.devices()[0].memory_stats() or {}
     return int(stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0))
+
+
+def _peak_bytes_on_gpu() -> int:
+    return int((jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0))
 
 
 DEVICES = {
@@ -86,6 +90,7 @@ class Backend:
         self.device = DEVICES[self.kind]
         self.job = job
         self._nearest_codes = jax.jit(jax_vq.nearest_codes)
+        self.keeps_peak = self.kind != "cpu"
         precision = "highest" if job.dtype in ("float32", "float64") else "default"
         self._copy = jax.jit(lambda x: x + 1)
         self._matmul = jax.jit(lambda x: jnp.matmul(x, x, precision=precision))
@@ -173,6 +178,25 @@ class Backend:
     def matmul(self, x: jax.Array) -> jax.Array:
         """`x [N, N]` times itself, as precise as the mechanisms multiply its type."""
         return self._matmul(x)
+
+    def observed_bytes(self, program: measure.Program, arrays: tuple[jax.Array, ...]) -> int | None:
+        """Most bytes seen in use in a call: of the allocator, on a CPU of the process beyond those before.
+
+        The allocator's peak is the highest since the process started: None where a call before this
+        one took more.
+        """
+        arguments = program.arguments(arrays)
+
+        def call() -> Any:
+            return self.device.synchronize(program.run(*arguments))
+
+        if self.kind == "cpu":
+            call()
+            return resident.growth(call)
+        before = _peak_bytes_on_gpu()
+        call()
+        after = _peak_bytes_on_gpu()
+        return after if after > before else None
 
     def release(self) -> None:
         """Give cached memory back; jax keeps none that another call could not take."""

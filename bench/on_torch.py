@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import torch_ref
-from bench import host, measure
+from bench import host, measure, resident
 from bench.cost_torch import TrackMemory
 from bench.job import Job
 from bench.registry import DIFFERENTIABLE
@@ -62,6 +62,7 @@ class Backend:
     """
 
     name = "torch"
+    keeps_peak = False  # the peak of memory can be reset
 
     def __init__(self, device: str, job: Job) -> None:
         there = {
@@ -158,6 +159,21 @@ class Backend:
     def matmul(self, x: Tensor) -> Tensor:
         """`x [N, N]` times itself."""
         return x @ x
+
+    def observed_bytes(self, program: measure.Program, arrays: tuple[Tensor, ...]) -> int | None:
+        """Most bytes seen in use in a call: of the allocator, on a CPU of the process beyond those before.
+
+        None on MPS, which counts no peak.
+        """
+        if self.kind == "mps":
+            return None
+        arguments = program.arguments(arrays)
+        self.device.synchronize(program.run(*arguments))
+        if self.kind == "cpu":
+            return resident.growth(lambda: program.run(*arguments))
+        torch.cuda.reset_peak_memory_stats()
+        self.device.synchronize(program.run(*arguments))
+        return int(torch.cuda.max_memory_allocated())
 
     def release(self) -> None:
         """Give cached memory back, so that the other backend's process can have it."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bench import fit
 from bench.records import Record
@@ -35,11 +36,7 @@ def write(path: Path, found: Sequence[Record]) -> None:
     Raises:
       ImportError: matplotlib is not installed.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = backend()
     measured = fit.curves(found)
     slopes = {item[:3]: item.exponent for item in fit.fits(measured)}
     forms = sorted({name[2] for name in measured}) or [False]
@@ -47,11 +44,11 @@ def write(path: Path, found: Sequence[Record]) -> None:
         1, len(forms), figsize=(6.2 * len(forms), 5.2), sharey=True, squeeze=False, layout="constrained"
     )
     for is_causal, panel in zip(forms, panels[0], strict=True):
-        for (backend, mechanism, form), curve in measured.items():
+        for (framework, mechanism, form), curve in measured.items():
             if form != is_causal:
                 continue
-            name = backend, mechanism, form
-            line, marker = STYLES[backend]
+            name = framework, mechanism, form
+            line, marker = STYLES[framework]
             slope = f"  T^{slopes[name]:.2f}" if name in slopes else ""
             panel.loglog(
                 list(curve),
@@ -60,7 +57,7 @@ def write(path: Path, found: Sequence[Record]) -> None:
                 marker=marker,
                 markersize=4,
                 color=COLORS[mechanism],
-                label=f"{MECHANISMS[mechanism].title}, {backend}{slope}",
+                label=f"{MECHANISMS[mechanism].title}, {framework}{slope}",
             )
         lengths = sorted({T for name, curve in measured.items() if name[2] == is_causal for T in curve})
         panel.set_xticks(lengths, [f"{T // 1024}k" if T % 1024 == 0 else str(T) for T in lengths])
@@ -72,15 +69,31 @@ def write(path: Path, found: Sequence[Record]) -> None:
         if lengths:
             panel.legend(fontsize=7.5)
     panels[0][0].set_ylabel(CALLS[found[0]["direction"] if found else "fwd"])
-    figure.suptitle(_subtitle(found), fontsize=9)
+    figure.suptitle(subtitle(found), fontsize=9)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
-def _subtitle(found: Sequence[Record]) -> str:
+def backend() -> Any:
+    """The module `pyplot`, drawing into files.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def subtitle(found: Sequence[Record], *, has_codes: bool = True) -> str:
+    """What was measured, on what."""
     if not found:
         return "nothing was measured"
     r = found[0]
     devices = " / ".join(dict.fromkeys(record["device_name"] for record in found))
-    shape = f"B {r['batch']}, H {r['heads']}, D {r['width']}, V {r['value_width']}, {r['codes_k']} codes"
+    shape = f"B {r['batch']}, H {r['heads']}, D {r['width']}, V {r['value_width']}"
+    shape += f", {r['codes_k']} codes" if has_codes else f", T {r['length']:,}"
     return f"{devices}; {shape}, {r['dtype']}, {r['input']} input; commit {r['commit'][:12]}"

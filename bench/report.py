@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from bench import fit, plot
 from bench.fit import Name
+from bench.markdown import milliseconds, table
 from bench.records import Record
 from bench.registry import MECHANISMS
 
@@ -170,8 +171,8 @@ def memory_lines(found: Iterable[Record]) -> list[str]:
 def _token_table(found: Sequence[Record], names: Sequence[Name]) -> str:
     """Time of a token with its spread, and the bytes of the cache that exact attention needs."""
     cells = {
-        (r["backend"], r["mechanism"], r["length"]): f"{_milliseconds(r['ms_median'])} "
-        f"({_milliseconds(r['ms_p20'])} ... {_milliseconds(r['ms_p80'])})"
+        (r["backend"], r["mechanism"], r["length"]): f"{milliseconds(r['ms_median'])} "
+        f"({milliseconds(r['ms_p20'])} ... {milliseconds(r['ms_p80'])})"
         for r in found
         if r["status"] == "ok"
     }
@@ -185,7 +186,7 @@ def _token_table(found: Sequence[Record], names: Sequence[Name]) -> str:
         ]
         for length in lengths
     ]
-    return _table(
+    return table(
         ["context", "cache, bytes", *(f"{mechanism} {backend}" for backend, mechanism, _ in names)], rows
     )
 
@@ -193,9 +194,9 @@ def _token_table(found: Sequence[Record], names: Sequence[Name]) -> str:
 def _time_table(measured: dict[Name, dict[int, float]], names: Sequence[Name]) -> str:
     lengths = sorted(set().union(*(measured[name] for name in names)))
     rows = [
-        [f"{length:,}", *(_milliseconds(measured[name].get(length)) for name in names)] for length in lengths
+        [f"{length:,}", *(milliseconds(measured[name].get(length)) for name in names)] for length in lengths
     ]
-    return _table(["tokens", *(f"{mechanism} {backend}" for backend, mechanism, _ in names)], rows)
+    return table(["tokens", *(f"{mechanism} {backend}" for backend, mechanism, _ in names)], rows)
 
 
 def _curve_table(measured: dict[Name, dict[int, float]], names: Sequence[Name]) -> str:
@@ -207,14 +208,14 @@ def _curve_table(measured: dict[Name, dict[int, float]], names: Sequence[Name]) 
         slope = f"{item.exponent:.2f}" if item else ""
         over = f"{item.lengths[0]:,} ... {item.lengths[-1]:,}" if item else ""
         rows.append([MECHANISMS[name[1]].title, name[0], slope, over, crossings.get(name, "")])
-    return _table(["mechanism", "backend", "exponent", "fitted over", "faster than exact from"], rows)
+    return table(["mechanism", "backend", "exponent", "fitted over", "faster than exact from"], rows)
 
 
 def _ratio_table(ratios: dict[tuple[Any, ...], float], names: Sequence[Name]) -> str:
     names = [name for name in names if any(key[:3] == name for key in ratios)]
     lengths = sorted({key[3] for key in ratios})
     rows = [[f"{length:,}", *(_ratio(ratios.get((*name, length))) for name in names)] for length in lengths]
-    return _table(["tokens", *(f"{fit.curve_name(*name[1:])} {name[0]}" for name in names)], rows)
+    return table(["tokens", *(f"{fit.curve_name(*name[1:])} {name[0]}" for name in names)], rows)
 
 
 def _not_measured(found: Sequence[Record]) -> str:
@@ -237,15 +238,3 @@ def _not_measured(found: Sequence[Record]) -> str:
 
 def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-def _milliseconds(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, figures to the right of a first column of names."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import fit, floor, host, predict, registry, verify
+from bench.extras import OBSERVED
 from bench.inputs import Store, token_bytes
 from bench.job import Job, Point
 from bench.ledger import Ledger
@@ -35,6 +36,9 @@ class Options(NamedTuple):
     is_resume: bool
     suite: str = "scaling"
     direction: str = "fwd"
+    extras: tuple[str, ...] = ()  # what records hold beside time, see `extras`
+    title: str = ""  # of this one of several runs
+    held_out: int = 0  # tokens of other text that codebooks are fitted on; 0: those that are measured
 
 
 def plan(options: Options) -> list[tuple[str, Point]]:
@@ -68,12 +72,14 @@ class Session:
         self.notes: list[str] = []
         self._free: dict[str, int] = {}
         self._done: dict[tuple[Any, ...], Any] = {}
-        self._verified: dict[Key, dict[str, Any]] = {}
-        self._refused: set[Key] = set()
+        self.verified: dict[Key, dict[str, Any]] = {}
+        self.refused: dict[Key, str] = {}  # and why
         self._seen: dict[Key, list[predict.Seen]] = {}
         self._no_memory: dict[Key, int] = {}
         self._filled = 0
         self._ceilings: dict[str, floor.Ceilings] = {}
+        self._keeps_peak: set[str] = set()  # backends whose highest peak lasts as long as their process
+        self._in_process: dict[str, Key] = {}
 
     # --- start -----------------------------------------------------------------------------
 
@@ -90,6 +96,7 @@ class Session:
                 raise RunError(f"{backend}: {hello['reason']}")
             self.ledger.set_device(backend, hello["device"], hello["device_name"])
             self._free[backend] = hello["free_bytes"]
+            self._keeps_peak |= {backend} if hello.get("keeps_peak") else set()
             self.progress.line(f"{backend} on {hello['device']} ({hello['device_name']})")
             on_cpu += [backend] if hello["device"] == "cpu" else []
         if on_cpu and self.options.device == "auto" and host.has_nvidia_gpu():
@@ -98,7 +105,9 @@ class Session:
                 f"the CPU; with --device cuda that is an error"
             )
         self._done = self.ledger.done()
-        self.progress.begin(len(self.points))
+        if OBSERVED in self.options.extras and self._keeps_peak:
+            order = list(registry.MECHANISMS)
+            self.points.sort(key=lambda item: (order.index(item[1].mechanism), item[1][1:]))
         if self._pending():
             self._find_ceilings()
             self._prepare()
@@ -212,12 +221,12 @@ class Session:
                 found |= {"oracle_error": errors.out, "gradient_error": errors.gradient}
                 reason = errors.wrong
             if reason is None:
-                self._verified[key] = found | {"twin_error": twin_error}
+                self.verified[key] = found | {"twin_error": twin_error}
                 self._free[backend] = answer["free_bytes"]
                 self._remember(key, {"ms_median": answer["ms"], **point._asdict(), **answer})
                 continue
             reason = f"refused: {reason}"
-            self._refused.add(key)
+            self.refused[key] = reason
             self._note(f"{backend} {name} {reason}")
             shortest = point._replace(length=min(self.options.bench.lengths))
             self.ledger.add(backend, shortest, found, {"status": "failed", "reason": reason})
@@ -231,10 +240,20 @@ class Session:
             known = self._done.get(self.ledger.identity(backend, point))
             if known is not None:
                 self._remember(key, known)
-            if known is not None or key in self._refused:
+            if known is not None or key in self.refused:
                 self.progress.point(None)
             else:
+                self._renew(key)
                 self._measure(key, backend, point)
+
+    def _renew(self, key: Key) -> None:
+        """Give a curve a process of its own where the peaks of another one would hide its own."""
+        backend = key[0]
+        if OBSERVED in self.options.extras and backend in self._keeps_peak:
+            self._fill(max(self.options.bench.lengths))
+            if self._in_process.get(backend) != key:
+                self.pool.end(backend)
+            self._in_process[backend] = key
 
     def _measure(self, key: Key, backend: str, point: Point) -> None:
         label = f"{backend:<5} {point.curve:<19} {point.length:>9,}"
@@ -247,7 +266,7 @@ class Session:
             answer = self.pool.ask(backend, message)
             self._free[backend] = answer.get("free_bytes", self._free[backend])
         bounds = floor.record(self.job, point, self._ceilings.get(self.ledger.device(backend)))
-        self.ledger.add(backend, point, self._verified.get(key, {}), bounds, answer)
+        self.ledger.add(backend, point, self.verified.get(key, {}), bounds, answer)
         if answer["status"] == "ok" and answer["ms_median"] < bounds.get("floor_ms", 0.0):
             self._note(f"doubtful: {label.strip()} is faster than its floor, {bounds['floor_ms']:.3g} ms")
         if answer["status"] == "ok":

@@ -9,13 +9,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from bench import inputs, measure, registry, verify
+from bench import counting, extras, inputs, measure, registry, verify
 from bench.decode import Decoder
 from bench.floor import Ceilings
 from bench.inputs import Store
@@ -35,9 +35,12 @@ class Worker:
     Args:
       backend: an `on_jax.Backend` or `on_torch.Backend`.
       store: where inputs are.
+      asked: what is found beside times, see `extras`.
+      held_out: see `Preparer`.
     """
 
-    def __init__(self, backend: Any, store: Store) -> None:
+    def __init__(self, backend: Any, store: Store, asked: Sequence[str] = (), held_out: int = 0) -> None:
+        self._extras, self._held_out = asked, held_out
         self.backend, self.store, self.job = backend, store, store.job
         self._arrays: dict[str, Any] = {}
         self._loaded = 0, ""  # the length and direction of the arrays
@@ -49,7 +52,8 @@ class Worker:
     def hello(self) -> Answer:
         """What runs here."""
         backend = self.backend
-        return {"status": "ok", "device": backend.kind, "device_name": backend.device.name(), **self._free()}
+        device = {"device": backend.kind, "device_name": backend.device.name()}
+        return {"status": "ok", "keeps_peak": backend.keeps_peak, **device, **self._free()}
 
     def handle(self, message: dict[str, Any]) -> Answer:
         """Answer one command; an error is an answer too."""
@@ -126,6 +130,11 @@ class Worker:
         outs = {part: f"{prefix}_{part}" for part in parts}
         return found | {"outs": outs, "ms": ms, **self._free()}
 
+    def count(self, mechanism: str, is_causal: bool, lengths: Sequence[int]) -> Answer:
+        """Operations and bytes of a forward call at each length, from shapes."""
+        found = counting.counts(self.backend.name, mechanism, is_causal, self.job, lengths)
+        return {"status": "ok", **found._asdict()}
+
     def measure(
         self, mechanism: str, is_causal: bool, length: int, max_bytes: int, direction: str = "fwd"
     ) -> Answer:
@@ -148,6 +157,8 @@ class Worker:
         program = self._verified.pop(point, None)
         program = program or self.backend.compile(built.fn, arrays, point.direction)
         answer = self._time(program, arrays, max_bytes)
+        if extras.ERRORS in self._extras and answer["status"] == "ok":
+            answer |= extras.errors(self.backend, point, program, arrays)
         del program, arrays
         if answer["status"] == "ok":
             answer["implementation"] = built.implementation
@@ -175,9 +186,12 @@ class Worker:
         if program.peak_bytes is not None and program.peak_bytes > max_bytes:
             reason = f"needs {program.peak_bytes / 2**30:.1f} GiB, {max_bytes / 2**30:.1f} GiB may be used"
             return {"status": "skipped", "reason": reason}
+        is_observed = extras.OBSERVED in self._extras
+        observed = self.backend.observed_bytes(program, arrays) if is_observed else None
         timed = self.backend.times(program, arrays)
         return {
             "status": "ok",
+            "observed_bytes": observed,
             "timing": timed.timing,
             **measure.spread(timed.times_ms)._asdict(),
             "compile_s": program.compile_s,
@@ -227,7 +241,7 @@ class Worker:
 
     def _preparer(self) -> Preparer:
         if self._prepares is None:
-            self._prepares = Preparer(self.store, self.backend)
+            self._prepares = Preparer(self.store, self.backend, self._held_out)
         return self._prepares
 
     def _array(self, name: str, raw: np.ndarray[Any, Any], job: Job, direction: str = "fwd") -> Any:
@@ -255,7 +269,7 @@ def _first_line(text: str) -> str:
 
 
 def start(setup: dict[str, Any]) -> Worker:
-    """The worker of a setup: `backend`, `device`, `folder`, `length`, `job`.
+    """The worker of a setup: `backend`, `device`, `folder`, `length`, `job`, `extras`, `held_out`.
 
     Raises:
       ValueError: the backend has no such device.
@@ -263,7 +277,7 @@ def start(setup: dict[str, Any]) -> Worker:
     job = Job.from_json(setup["job"])
     store = Store(setup["folder"], job, setup["length"])
     backend = importlib.import_module(f"bench.on_{setup['backend']}").Backend(setup["device"], job)
-    return Worker(backend, store)
+    return Worker(backend, store, setup.get("extras", ()), setup.get("held_out", 0))
 
 
 def main() -> None:

@@ -242,7 +242,9 @@ def test_a_backend_runs_without_the_other(blocked: set[str], code: str) -> None:
 PACKAGES = (*BACKENDS, "vq_common", "bench")
 SOURCES = [f"{package}/{file}" for package in PACKAGES for file in files_of(package)]
 # The command line.
-TALKS = {f"bench/{name}.py" for name in ("__main__", "arguments", "progress", "runner", "worker")}
+TALKS = {
+    f"bench/{name}.py" for name in ("__main__", "arguments", "progress", "runner", "suites/parity", "worker")
+}
 
 
 @pytest.mark.parametrize("file", SOURCES)
