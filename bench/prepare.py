@@ -1,4 +1,4 @@
-"""From text (or noise) to q, k, v and codebooks: what one worker does for all."""
+"""From text (or noise, or what is captured) to q, k, v and codebooks: what one worker does for all."""
 
 from typing import Any
 
@@ -41,6 +41,9 @@ class Preparer:
             self.text = inputs.stdlib_text(job.batch * store.length)
             self.tables = inputs.embedding_tables(job)
             self.project = backend.projector(module_config(job))
+        if job.input == "captured":
+            names = ("q", "k", "v", "fit_q", "fit_k")
+            self.captured = {name: store.read(f"captured_{name}") for name in names}
 
     def create(self) -> None:
         """Make the files, fit the codebooks, draw the directions."""
@@ -60,6 +63,9 @@ class Preparer:
 
     def _qkv(self, positions: NDArray[Any]) -> tuple[NDArray[np.float32], ...]:
         """q, k, v `[B, N, H, .]` of positions `[B, N]` in the text."""
+        if self.job.input == "captured":
+            q, k, v = (self.captured[name] for name in ("q", "k", "v"))
+            return tuple(x.reshape(-1, *x.shape[2:])[positions] for x in (q, k, v))
         if self.text is None:
             return inputs.random_qkv(self.job, positions)
         x = inputs.embed(self.tables, self.text, positions)
@@ -67,15 +73,28 @@ class Preparer:
         return qkv
 
     def _fit_codebooks(self) -> None:
+        positions, vectors = self._fit_vectors()
+        for name, x in zip("qk", vectors, strict=True):
+            n_code = self.job.codes_q if name == "q" else self.job.codes_k
+            draws = inputs.code_draws(self.job, n_code, positions, self.text)
+            codebook = self.backend.fit_codebook(x, draws)
+            self.store.write(f"codebook_{name}", codebook)
+
+    def _fit_vectors(self) -> tuple[NDArray[Any], list[NDArray[np.float32]]]:
+        """Positions `[N]` and the q and k `[1, N, H, D]` there that codebooks are fitted on.
+
+        Of a layer they are none of those that are evaluated: of its fitting text, or of the second
+        half of the text where the layer is the module's.
+        """
+        if self.job.input == "captured":
+            q, k = (self.captured[name] for name in ("fit_q", "fit_k"))
+            return np.arange(q.shape[0] * q.shape[1]), [x.reshape(1, -1, *x.shape[2:]) for x in (q, k)]
         total = self.job.batch * self.store.length
         if self.text is None:
             positions = np.arange(min(self.store.length, CHUNK))
         else:
-            positions = np.unique(np.linspace(0, total - 1, min(N_FIT, total)).astype(np.int64))
+            start = 0 if self.job.layer is None else total // 2
+            positions = np.unique(np.linspace(start, total - 1, min(N_FIT, total - start)).astype(np.int64))
         pieces = np.array_split(positions, -(-len(positions) // CHUNK))
         parts = [self._qkv(piece[None])[:2] for piece in pieces]
-        for name, vectors in zip("qk", zip(*parts, strict=True), strict=True):
-            n_code = self.job.codes_q if name == "q" else self.job.codes_k
-            draws = inputs.code_draws(self.job, n_code, positions, self.text)
-            codebook = self.backend.fit_codebook(np.concatenate(vectors, axis=1), draws)
-            self.store.write(f"codebook_{name}", codebook)
+        return positions, [np.concatenate(x, axis=1) for x in zip(*parts, strict=True)]

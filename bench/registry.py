@@ -10,6 +10,7 @@ from bench.job import STEP, Job, Point, is_windowed
 
 PACKAGES = {"jax": "jax_vq", "torch": "torch_ref"}
 BACKENDS = tuple(PACKAGES)
+NO_WEIGHT = -1e9  # added to a score, so that its weight is 0 in every dtype
 DIFFERENTIABLE = ("q", "k", "v")  # the first arguments of every mechanism
 
 Shape = tuple[int, ...]
@@ -58,6 +59,8 @@ def unsupported(backend: str, job: Job, point: Point) -> str | None:
     """Why a backend cannot run a mechanism for this job, or None."""
     if is_windowed(point.mechanism) and not point.is_causal:
         return "an exact window is of causal attention only"
+    if point.mechanism == "exact_window" and point.direction == STEP:
+        return "the window alone is measured on whole sequences only"
     if point.mechanism == "hyper" and point.direction == STEP:
         return "HyperAttention has no step: it sorts whole sequences"
     if point.mechanism == "exact" and backend == "jax":
@@ -90,6 +93,18 @@ def _build_vq(mechanism: str, backend: str, job: Job, is_causal: bool, arrays: t
 
     has_query_codes = "codebook_q" in MECHANISMS[mechanism].arrays
     return Built(op if has_query_codes else keys_only, _default_implementation(backend))
+
+
+def _build_window(backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
+    """The window form with its coded part switched off: one code, at no weight."""
+    options = vq_options("exact_window", job)
+    op = partial(_ops(backend).vq_attention, is_causal=is_causal, scale=1.0, **options)
+
+    def window(q: Any, k: Any, v: Any) -> Any:
+        codebook_k = 0 * k[0, :1].swapaxes(0, 1)
+        return op(q, k, v, None, codebook_k, code_bias=codebook_k[:, 0, 0] + NO_WEIGHT)
+
+    return Built(window, _default_implementation(backend))
 
 
 def _build_hyper(backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
@@ -184,6 +199,12 @@ MECHANISMS: dict[str, Mechanism] = {
     "vq_k": _vq("vq_k", "VQ-attention, keys only", "k"),
     "vq_qk_window": _vq("vq_qk_window", "VQ-attention with an exact window, queries and keys", "q", "k"),
     "vq_k_window": _vq("vq_k_window", "VQ-attention with an exact window, keys only", "k"),
+    "exact_window": Mechanism(
+        title="exact window and sinks alone",
+        arrays=("q", "k", "v"),
+        quantized=(),
+        build=_build_window,
+    ),
     "hyper": Mechanism(
         title="HyperAttention",
         arrays=("q", "k", "v", "directions", "sample_ids"),
