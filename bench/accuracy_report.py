@@ -152,7 +152,8 @@ def plot(path: Path, found: Sequence[Record]) -> None:
                     r["ms_median"], color=COLORS["exact"], label="exact attention"
                 )
         axis.set_xscale("log")
-        axis.set_yscale("log")
+        if inexact:
+            axis.set_yscale("log")
         axis.grid(alpha=0.3, which="both")
         form = "causal" if records[0]["is_causal"] else "not causal"
         axis.set_title(f"{layer}, T {length:,}, {form}, {backend}", fontsize=9)
