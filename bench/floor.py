@@ -54,6 +54,8 @@ def _products(job: Job, point: Point) -> tuple[float, int]:
         return rows * n_key * a_key, 0
     if point.mechanism == "hyper":
         return rows * _hyper_keys(job, point) * a_key, 4 * job.n_projection * job.width
+    if point.mechanism == "exact_window":
+        return rows * _window_keys(job, point) * a_key, 0
     codes_q = job.codes_q if point.mechanism.startswith("vq_qk") else 0
     codes = 2 * job.width * (codes_q + job.codes_k)
     if codes_q and not point.is_causal:

@@ -39,10 +39,10 @@ def free_bytes() -> int:
     return free
 
 
-def versions() -> str:
+def versions(packages: Iterable[str] = PACKAGES) -> str:
     """'python=3.11.9 numpy=2.1.0 ...', of what is installed."""
     found = [f"python={platform.python_version()}"]
-    for name in PACKAGES:
+    for name in packages:
         try:
             found.append(f"{name}={importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:

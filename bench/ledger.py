@@ -11,7 +11,10 @@ from bench.records import Record
 
 # What a record takes from its job as it is.
 SHAPE = frozenset(
-    ("dtype", "batch", "heads", "width", "value_width", "codes_q", "codes_k", "block_len", "input")
+    (
+        *("dtype", "batch", "heads", "width", "value_width"),
+        *("codes_q", "codes_k", "block_len", "input", "layer"),
+    )
 )
 
 

@@ -13,6 +13,7 @@ COLORS = {
     "vq_k": "#3aa17e",
     "vq_qk_window": "#6a51a3",
     "vq_k_window": "#8c8c3a",
+    "exact_window": "#777777",
     "hyper": "#c9802b",
     "exact": "#b03a48",
     "exact_cudnn": "#8e2f7b",

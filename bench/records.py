@@ -14,8 +14,8 @@ Record = dict[str, Any]
 KEYS = {
     "suite": "name of the suite: 'scaling', 'decode', 'codebook', 'memory' or 'accuracy'",
     "backend": "'jax' or 'torch'",
-    "mechanism": "'vq_qk', 'vq_k', 'vq_qk_window', 'vq_k_window', 'hyper', 'exact', or 'exact_flash' and the "
-    "like, which name the kernel",
+    "mechanism": "'vq_qk', 'vq_k', 'vq_qk_window', 'vq_k_window', 'exact_window', 'hyper', 'exact', or "
+    "'exact_flash' and the like, which name the kernel",
     "implementation": "kernel that ran: 'xla', 'cudnn', 'eager', 'flash', ...; null where none did",
     "device": "'cpu', 'cuda' or 'mps'",
     "device_name": "model of the device",
@@ -34,7 +34,8 @@ KEYS = {
     "block_len": "L of causal VQ-attention",
     "mem_len": "exact tokens before the block, of this mechanism: 0 for all but the window form",
     "n_sink": "exact first tokens, of this mechanism: 0 for all but the window form",
-    "input": "'real' (q, k, v of a module over bytes of Python's standard library) or 'random' (Gaussian)",
+    "input": "'real' (q, k, v of a module over bytes of Python's standard library), 'random' (Gaussian) "
+    "or 'captured' (of a layer of a pretrained model)",
     "status": "'ok', 'skipped' (not tried: see reason) or 'failed' (tried: see reason)",
     "reason": "why the point is not ok, else null",
     "timing": "'host clock' (of single calls), 'host clock, enqueued calls' (many calls enqueued, waited for "

@@ -20,6 +20,7 @@ KERNELS = {
         "math": "MATH",
     },
 }
+NO_WEIGHT = -1e9  # added to a score, so that its weight is 0 in every dtype
 DIFFERENTIABLE = ("q", "k", "v")  # the first arguments of every mechanism
 
 Shape = tuple[int, ...]
@@ -68,6 +69,8 @@ def unsupported(backend: str, job: Job, point: Point) -> str | None:
     """Why a backend cannot run a mechanism for this job, or None."""
     if is_windowed(point.mechanism) and not point.is_causal:
         return "an exact window is of causal attention only"
+    if point.mechanism == "exact_window" and point.direction == STEP:
+        return "the window alone is measured on whole sequences only"
     if point.mechanism == "hyper" and point.direction == STEP:
         return "HyperAttention has no step: it sorts whole sequences"
     if kernel_of(point.mechanism) is not None and point.direction == STEP:
@@ -104,6 +107,18 @@ def _build_vq(mechanism: str, backend: str, job: Job, is_causal: bool, arrays: t
     return Built(op if has_query_codes else keys_only, _default_implementation(backend))
 
 
+def _build_window(backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
+    """The window form with its coded part switched off: one code, at no weight."""
+    options = vq_options("exact_window", job)
+    op = partial(_ops(backend).vq_attention, is_causal=is_causal, scale=1.0, **options)
+
+    def window(q: Any, k: Any, v: Any) -> Any:
+        codebook_k = 0 * k[0, :1].swapaxes(0, 1)
+        return op(q, k, v, None, codebook_k, code_bias=codebook_k[:, 0, 0] + NO_WEIGHT)
+
+    return Built(window, _default_implementation(backend))
+
+
 def _build_hyper(backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
     op = _ops(backend).hyper_attention
     sizes = {"block_size": job.block_size, "min_seq_len": job.min_seq_len}
@@ -112,7 +127,7 @@ def _build_hyper(backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...
 
 def kernel_of(mechanism: str) -> str | None:
     """The kernel that 'exact_flash' and the like name; None for all other mechanisms."""
-    return mechanism.removeprefix("exact_") if mechanism.startswith("exact_") else None
+    return mechanism.removeprefix("exact_") if is_exact(mechanism) and mechanism != "exact" else None
 
 
 def has_kernel(backend: str, mechanism: str) -> bool:
@@ -216,6 +231,12 @@ MECHANISMS: dict[str, Mechanism] = {
     "vq_k": _vq("vq_k", "VQ-attention, keys only", "k"),
     "vq_qk_window": _vq("vq_qk_window", "VQ-attention with an exact window, queries and keys", "q", "k"),
     "vq_k_window": _vq("vq_k_window", "VQ-attention with an exact window, keys only", "k"),
+    "exact_window": Mechanism(
+        title="exact window and sinks alone",
+        arrays=("q", "k", "v"),
+        quantized=(),
+        build=_build_window,
+    ),
     "hyper": Mechanism(
         title="HyperAttention",
         arrays=("q", "k", "v", "directions", "sample_ids"),

@@ -136,7 +136,8 @@ class Session:
         self.progress.line(text)
 
     def _prepare(self) -> None:
-        source = "Python's standard library" if self.job.input == "real" else "Gaussian noise"
+        sources = {"real": "Python's standard library", "random": "Gaussian noise"}
+        source = sources.get(self.job.input, self.job.layer)
         self.progress.now(f"preparing inputs from {source}")
         answer = self.pool.ask(self._preparing, {"do": "prepare"})
         if answer["status"] != "ok":

@@ -41,11 +41,15 @@ class Worker:
 
     def __init__(self, backend: Any, store: Store, asked: Sequence[str] = (), held_out: int = 0) -> None:
         self._extras, self._held_out = asked, held_out
-        self.backend, self.store, self.job = backend, store, store.job
+        self.backend = backend
+        self._begin(store)
+
+    def _begin(self, store: Store) -> None:
+        self.store, self.job = store, store.job
         self._arrays: dict[str, Any] = {}
         self._loaded = 0, ""  # the length and direction of the arrays
         self._verified: dict[Point, Program] = {}
-        self._decoder = Decoder(backend)
+        self._decoder = Decoder(self.backend)
         self._quantize_ms: dict[tuple[str, int], float] = {}
         self._prepares: Preparer | None = None
 
@@ -67,6 +71,13 @@ class Worker:
             self._forget()
             reason = f"out of memory: {_first_line(text)}" if is_memory else _first_line(text)
             return {"status": "failed", "reason": reason, "is_memory": is_memory}
+
+    def use(self, **setup: Any) -> Answer:
+        """Go on with another job or store, of a setup with the same backend and device."""
+        job = Job.from_json(setup["job"])
+        self.backend.job = job
+        self._begin(Store(setup["folder"], job, setup["length"]))
+        return self.hello()
 
     def prepare(self) -> Answer:
         """Create the inputs and fit the codebooks."""
@@ -159,6 +170,9 @@ class Worker:
         answer = self._time(program, arrays, max_bytes)
         if extras.ERRORS in self._extras and answer["status"] == "ok":
             answer |= extras.errors(self.backend, point, program, arrays)
+        if self.job.layer is not None and answer["status"] == "ok":
+            answer["out"] = f"whole_{self.backend.name}"
+            self.store.write(answer["out"], self.backend.numpy(program.run(*program.arguments(arrays))))
         del program, arrays
         if answer["status"] == "ok":
             answer["implementation"] = built.implementation

@@ -301,7 +301,7 @@ def test_torch_meets_the_oracle_in_every_mechanism(tmp_path: Path, dtype: str, k
     )
     assert runner.run(asked, InProcess) == 0
     found = of(tmp_path, status="ok")
-    assert len(found) == 12
+    assert len(found) == 13
     (reason,) = {r["reason"] for r in of(tmp_path, status="skipped")}
     assert reason == "an exact window is of causal attention only"
     assert all(0 < r["oracle_error"] <= verify.limit(dtype) for r in found)

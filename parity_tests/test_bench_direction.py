@@ -41,7 +41,7 @@ def test_gradients_of_every_mechanism_meet_the_oracle(tmp_path: Path, backend: s
     )
     assert runner.run(asked, InProcess) == 0
     found = of(tmp_path, status="ok")
-    assert len(found) == 2 * 10
+    assert len(found) == 2 * 11
     assert {r["direction"] for r in found} == {direction}
     limit = verify.limit("float32", "gradients")
     assert all(0 < r["gradient_error"] <= limit for r in found)
