@@ -46,7 +46,7 @@ def work(job: Job, point: Point) -> float:
     units = point.length / UNIT
     if point.direction == STEP:
         return units if point.mechanism == "exact" else 1.0
-    if is_exact(point.mechanism) or point.mechanism == "exact_window":  # which masks all scores
+    if is_exact(point.mechanism):
         return units**2
     if point.mechanism == "hyper" and point.is_causal:
         piece = min(point.length, job.min_seq_len) / UNIT
