@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from bench import fit, registry, verify
 from bench.inputs import Store
-from bench.job import Point
+from bench.job import Point, is_exact
 from bench.ledger import Ledger
 from bench.pool import Pool, StartWorker
 from bench.process import Child
@@ -96,7 +96,11 @@ def compare(
 
 def _row(form: Form, options: Options, session: Session, lengths: Sequence[int]) -> Row:
     point = Point(*form, min(options.bench.lengths), options.direction)
-    reasons = {b: registry.unsupported(b, options.job, point) for b in options.backends}
+    reasons = {
+        b: registry.unsupported(b, options.job, point) or session.unavailable.get((b, *form))
+        for b in options.backends
+        if registry.has_kernel(b, form[0])
+    }
     backends = [backend for backend, reason in reasons.items() if not reason]
     message = {"do": "count", "mechanism": form[0], "is_causal": form[1], "lengths": list(lengths)}
     counts = session.pool.ask_all(backends, message) if backends else {}
@@ -132,7 +136,7 @@ def _side(found: Mapping[str, Any], count: Mapping[str, Any], lengths: Sequence[
 def exponent_range(form: Form) -> tuple[float, float]:
     """What the exponent of a form's operations may be."""
     mechanism, is_causal = form
-    if mechanism == "exact":
+    if is_exact(mechanism):
         return 2 - SLOPE, 2 + SLOPE
     return 1 - SLOPE, HYPER_CAUSAL if mechanism == "hyper" and is_causal else 1 + SLOPE
 
@@ -147,7 +151,7 @@ def exponent_troubles(form: Form, sides: Mapping[str, Side]) -> list[str]:
             troubles.append(
                 f"{backend} operations grow as T^{slope:.2f}, not within {low:.2f} ... {high:.2f}"
             )
-        if form[0] != "exact" and memory is not None and memory > high:
+        if not is_exact(form[0]) and memory is not None and memory > high:
             troubles.append(f"{backend} memory grows as T^{memory:.2f}, limit {high:.2f}")
     slopes = [side.flops_exponent for side in sides.values() if side.flops_exponent is not None]
     if len(slopes) == 2 and abs(slopes[0] - slopes[1]) > SLOPE:

@@ -26,6 +26,10 @@ DIFFERENTIABLE = ("q", "k", "v")  # the first arguments of every mechanism
 Shape = tuple[int, ...]
 
 
+class UnavailableError(Exception):
+    """A kernel that was asked for cannot run here; the message says which and why."""
+
+
 class Built(NamedTuple):
     """A mechanism of one backend, ready to be called."""
 
@@ -155,6 +159,8 @@ def _exact_jax(kernel: str | None, job: Job, is_causal: bool, arrays: tuple[Any,
 
     is_half = job.dtype in ("bfloat16", "float16")
     implementation = kernel or jax_kernel(job)
+    if kernel == "cudnn" and jax_kernel(job) != "cudnn":
+        raise UnavailableError(f"cudnn runs here on no {job.dtype} of width {job.width}, {job.value_width}")
 
     def exact(q: Any, k: Any, v: Any) -> Any:
         with jax.default_matmul_precision("default" if is_half else "highest"):
@@ -187,7 +193,10 @@ def _exact_torch(asked: str | None, job: Job, is_causal: bool, arrays: tuple[Any
     q, k, v = arrays
     if asked is not None:
         kernel = getattr(SDPBackend, KERNELS["torch"][asked])
-        probe(kernel)
+        try:
+            probe(kernel)
+        except RuntimeError as error:
+            raise UnavailableError(f"{asked} runs here on no {job.dtype}: {error}") from error
         return Built(partial(forced, kernel), asked)
     if q.device.type != "cuda":
         name = "sdpa"  # where torch does not tell what it chooses
@@ -251,10 +260,13 @@ MECHANISMS: dict[str, Mechanism] = {
 }
 
 
+# Those that pick their own kernel: what a suite runs when it is not told.
+OWN_KERNEL = tuple(name for name in MECHANISMS if kernel_of(name) is None)
+
+
 def default_mechanisms(job: Job) -> tuple[str, ...]:
     """All that pick their own kernel; the window form only where the job has a window or sinks."""
-    names = (name for name in MECHANISMS if name == "exact" or not is_exact(name))
-    return tuple(name for name in names if job.has_exact_part or not is_windowed(name))
+    return tuple(name for name in OWN_KERNEL if job.has_exact_part or not is_windowed(name))
 
 
 def build(mechanism: str, backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:

@@ -74,6 +74,7 @@ class Session:
         self._done: dict[tuple[Any, ...], Any] = {}
         self.verified: dict[Key, dict[str, Any]] = {}
         self.refused: dict[Key, str] = {}  # and why
+        self.unavailable: dict[Key, str] = {}  # kernels that cannot run here, and why
         self._seen: dict[Key, list[predict.Seen]] = {}
         self._no_memory: dict[Key, int] = {}
         self._filled = 0
@@ -215,6 +216,9 @@ class Session:
             twin_error = max(verify.error(first[part], second[part]) for part in expected)
         for backend, answer in answers.items():
             key = backend, mechanism, is_causal
+            if answer["status"] == "skipped":
+                self.unavailable[key] = answer["reason"]
+                continue
             found = {"verified_length": length, "implementation": answer.get("implementation")}
             reason: str | None = f"could not be verified: {answer.get('reason')}"
             if backend in results:
@@ -279,7 +283,7 @@ class Session:
         self.progress.point(f"{label}  {answer['status']}: {answer['reason']}")
 
     def _reason_to_skip(self, key: Key, backend: str, point: Point) -> str | None:
-        reason = registry.unsupported(backend, self.job, point)
+        reason = registry.unsupported(backend, self.job, point) or self.unavailable.get(key)
         if reason:
             return reason
         if point.length >= self._no_memory.get(key, point.length + 1):

@@ -64,6 +64,8 @@ class Worker:
         try:
             command: Callable[..., Answer] = getattr(self, message.pop("do"))
             return command(**message)
+        except registry.UnavailableError as error:
+            return {"status": "skipped", "reason": _first_line(str(error))}
         except Exception as error:
             text = f"{type(error).__name__}: {error}".strip()
             is_memory = measure.is_out_of_memory(error)

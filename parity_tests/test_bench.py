@@ -326,6 +326,17 @@ def test_a_wrong_kernel_planted_in_the_registry_is_refused(
     assert len(of(tmp_path, mechanism="exact", status="ok")) == 3
 
 
+@pytest.mark.parametrize("backend", registry.BACKENDS)
+def test_a_kernel_that_this_device_has_not_is_skipped(tmp_path: Path, backend: str) -> None:
+    pytest.importorskip(backend)
+    asked = options(tmp_path, backends=(backend,), mechanisms=("exact", "exact_cudnn"))
+    assert runner.run(asked, InProcess) == 0
+    assert len(of(tmp_path, mechanism="exact", status="ok")) == 3
+    skipped = of(tmp_path, mechanism="exact_cudnn", status="skipped")
+    assert len(skipped) == 3
+    assert all(r["reason"].startswith("cudnn runs here on no float32") for r in skipped)
+
+
 def test_an_error_inside_a_worker_is_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     right = registry.MECHANISMS["exact"]

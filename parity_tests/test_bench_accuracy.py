@@ -153,7 +153,7 @@ def test_every_mechanism_is_measured_once_at_what_changes_it(tmp_path: Path) -> 
     counts = {
         layer: {
             name: sum(r["mechanism"] == name for r in found if r["layer"] == layer)
-            for name in registry.MECHANISMS
+            for name in registry.OWN_KERNEL
         }
         for layer in ("tiny/7", "encoder/0")
     }
@@ -270,7 +270,7 @@ def test_quick_needs_no_capture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert run(tmp_path, "--quick", "--codes", "7", "--windows", "16") == 0
     found = of(tmp_path / "out")
     assert {(r["layer"], r["input"], r["status"]) for r in found} == {("module/stdlib", "real", "ok")}
-    assert {r["mechanism"] for r in found} == set(registry.MECHANISMS)
+    assert {r["mechanism"] for r in found} == set(registry.OWN_KERNEL)
 
 
 @pytest.mark.parametrize(

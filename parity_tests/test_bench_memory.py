@@ -118,7 +118,7 @@ def test_options_of_the_memory_suite(tmp_path: Path) -> None:
 
     assert [x.direction for x in parsed()] == ["fwd", "fwd+bwd"]
     assert [x.direction for x in parsed("--direction", "fwd")] == ["fwd"]
-    assert parsed()[0].mechanisms == tuple(registry.MECHANISMS)
+    assert parsed()[0].mechanisms == registry.OWN_KERNEL
     assert parsed()[0].job.n_repeat == 1
     with pytest.raises(SystemExit):
         parsed("--direction", "bwd")

@@ -43,7 +43,7 @@ def test_both_backends_agree_in_their_own_processes(capsys: pytest.CaptureFixtur
 def test_all_mechanisms_of_one_backend(in_process: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main([*SMALL, "--backend", "torch"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "parity: all 10 forms agree, only one backend ran"
+    assert lines[-1] == "parity: all 11 forms agree, only one backend ran"
 
 
 def test_a_wrong_mechanism_is_exit_code_1(

@@ -16,7 +16,7 @@ from bench.pool import StartWorker
 from bench.process import Child
 from bench.progress import Progress
 from bench.records import Record
-from bench.registry import MECHANISMS
+from bench.registry import MECHANISMS, OWN_KERNEL
 from bench.runner import OVERRUN_S
 from bench.session import Options, Session
 from bench.sweep import Judge, JudgedPool, Layer, Task, Workers, tasks
@@ -135,7 +135,7 @@ def _plan(arguments: argparse.Namespace, job: Job, layers: list[Layer]) -> list[
         raise ValueError(
             f"--lengths must be at most {longest:,}, as is captured, found {max(arguments.lengths):,}"
         )
-    mechanisms = tuple(name for name in MECHANISMS if name in (arguments.mechanism or MECHANISMS))
+    mechanisms = tuple(name for name in MECHANISMS if name in (arguments.mechanism or OWN_KERNEL))
     codes, windows = (
         tuple(dict.fromkeys(given or (usual[:1] if arguments.quick else usual)))
         for given, usual in ((arguments.codes, CODES), (arguments.windows, WINDOWS))

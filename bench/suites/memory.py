@@ -6,7 +6,7 @@ import dataclasses
 from bench import memory_page, runner, session
 from bench.arguments import OUT, add_common, add_forms, forms, session_options
 from bench.extras import OBSERVED
-from bench.registry import MECHANISMS
+from bench.registry import OWN_KERNEL
 
 HELP = "peak memory against sequence length"
 DESCRIPTION = (
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def options(arguments: argparse.Namespace) -> list[session.Options]:
     """What to run, a direction after the other; errors as of `session_options`."""
     common = session_options(arguments)
-    default = QUICK if arguments.quick else tuple(MECHANISMS)
+    default = QUICK if arguments.quick else OWN_KERNEL
     job = dataclasses.replace(common.pop("job"), n_repeat=1)
     return [
         session.Options(

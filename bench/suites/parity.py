@@ -59,7 +59,7 @@ def options(arguments: argparse.Namespace) -> session.Options:
         job=Job.of(config, batch=2, is_random=False),
         bench=bench,
         backends=chosen_backends(arguments.backend, arguments.device),
-        mechanisms=tuple(dict.fromkeys(arguments.mechanism or registry.MECHANISMS)),
+        mechanisms=tuple(dict.fromkeys(arguments.mechanism or registry.OWN_KERNEL)),
         causal=(False, True),
         device=arguments.device,
         out=Path(),
