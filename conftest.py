@@ -141,6 +141,14 @@ def torch_device(pytestconfig: pytest.Config) -> Any:
 
 
 @pytest.fixture(autouse=True)
+def _keep_x64() -> Iterator[None]:
+    """Give every test float64 again after one whose worker, inside the test process, switched it."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_enable_x64", STRICT_JAX["jax_enable_x64"])
+
+
+@pytest.fixture(autouse=True)
 def _standard_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     """Relax dtype promotion for a test marked standard_promotion, and for nothing else."""
     if not request.node.get_closest_marker("standard_promotion"):

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,36 @@ from vq_common.config import DEVICES
 
 OUT = Path(__file__).resolve().parent / "results" / "local"
 
+# What --quick makes of the configuration, where no other option says something else.
+QUICK = {
+    **dict.fromkeys(("n_code", "n_code_q", "n_code_k", "block_len"), 32),
+    "d_model": 64,
+    "n_head": 2,
+    "d_k": 16,
+    "d_v": 16,
+}
+QUICK_BENCH = {
+    "lengths": (256, 1024),
+    "n_repeat": 3,
+    "max_repeat_s": 0.1,
+    "n_kmeans": 2,
+    "block_size": 32,
+    "n_sample": 32,
+    "min_seq_len": 256,
+}
 
-def add_common(suite: argparse.ArgumentParser, mechanisms: str, out: str) -> None:
-    add = suite.add_argument
+
+def add_common(
+    suite: argparse.ArgumentParser, mechanisms: str, out: str, left_out: Collection[str] = ()
+) -> None:
+    """Add the options of a suite that measures, all but those of `left_out`, which are None then."""
+
+    def add(name: str, **settings: Any) -> None:
+        if name in left_out:
+            suite.set_defaults(**{name.removeprefix("--").replace("-", "_"): None})
+        else:
+            suite.add_argument(name, **settings)
+
     add("--config", type=Path, default=Path("conf.yml"), metavar="FILE", help="default: conf.yml")
     add("--backend", choices=(*BACKENDS, "both"), default="both", help="default: both, of those installed")
     add("--mechanism", action="append", choices=tuple(MECHANISMS), help=mechanisms)
@@ -32,9 +60,22 @@ def add_common(suite: argparse.ArgumentParser, mechanisms: str, out: str) -> Non
     add("--batch", type=positive, default=1, metavar="B", help="sequences in a call; default: 1")
     add("--device", choices=DEVICES, help="a device that is named is required")
     add("--random", action="store_true", help="Gaussian q, k, v instead of real text")
+    add("--quick", action="store_true", help="small sizes and short sequences: a look in under a minute")
     add("--resume", action="store_true", help="go on with the records in --out")
     add("--out", type=Path, metavar="DIR", help=f"default: {out}".replace(f"{host.ROOT}/", ""))
     add("--max-run-s", type=float, metavar="S", help="seconds after which no further point is started")
+
+
+def add_forms(suite: argparse.ArgumentParser) -> None:
+    """Add the options that `forms` reads."""
+    form = suite.add_mutually_exclusive_group()
+    form.add_argument("--causal", action="store_true", help="only causal attention; default: both forms")
+    form.add_argument("--full", action="store_true", help="only attention that is not causal")
+
+
+def forms(arguments: argparse.Namespace) -> tuple[bool, ...]:
+    """Values of is_causal that are asked for."""
+    return (True,) if arguments.causal else (False,) if arguments.full else (False, True)
 
 
 def natural(text: str) -> int:
@@ -72,8 +113,13 @@ def configured(arguments: argparse.Namespace) -> TransformerConfig:
         "device": arguments.device,
     }
     limits = {"lengths": arguments.lengths, "max_run_s": arguments.max_run_s}
-    bench = dataclasses.replace(config.bench, **{k: v for k, v in limits.items() if v is not None})
-    return dataclasses.replace(config, bench=bench, **{k: v for k, v in given.items() if v is not None})
+    sizes, bench_sizes = (QUICK, QUICK_BENCH) if arguments.quick else ({}, {})
+    bench = dataclasses.replace(config.bench, **bench_sizes | _given(limits))
+    return dataclasses.replace(config, bench=bench, **sizes | _given(given))
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def chosen_backends(backend: str, device: str) -> tuple[str, ...]:

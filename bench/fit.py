@@ -141,8 +141,11 @@ def _crossover(curve: Curve, exact: Curve) -> tuple[float | None, str]:
     return None, f"below {common[0]:,}"
 
 
-def agreement(records: Sequence[Record]) -> Agreement | None:
-    """How well the two backends agree; None when records are of one alone."""
+def agreement(records: Sequence[Record], *, has_exponents: bool = True) -> Agreement | None:
+    """How well the two backends agree; None when records are of one alone.
+
+    Without `has_exponents`, times are not looked at.
+    """
     present = {record["backend"] for record in records}
     if not present.issuperset(BACKENDS):
         return None
@@ -159,7 +162,7 @@ def agreement(records: Sequence[Record]) -> Agreement | None:
         pair = [measured.get((backend, mechanism, is_causal), {}) for backend in BACKENDS]
         # A step takes microseconds of a framework's own time, at a short context and often at a long one.
         is_step = any(record["direction"] == STEP for record in of_form)
-        apart = None if is_step else _exponents_apart(*pair)
+        apart = None if is_step or not has_exponents else _exponents_apart(*pair)
         if errors:
             output_errors[name] = max(errors)
         if apart is not None:
@@ -173,7 +176,7 @@ def agreement(records: Sequence[Record]) -> Agreement | None:
         worst=worst,
         refused=tuple(sorted(set(refused))),
         not_compared=_missing(_compared(records), names, output_errors)
-        + _missing("exponents", names, exponent_errors),
+        + (_missing("exponents", names, exponent_errors) if has_exponents else ()),
     )
 
 
@@ -208,9 +211,9 @@ def _compared(records: Sequence[Record]) -> str:
     return COMPARED.get(records[0]["direction"], "outputs") if records else "outputs"
 
 
-def verdict(records: Sequence[Record]) -> str:
-    """One line: do both backends agree in outputs and in exponents."""
-    found = agreement(records)
+def verdict(records: Sequence[Record], *, has_exponents: bool = True) -> str:
+    """One line: do both backends agree in outputs and, where they are asked for, in exponents."""
+    found = agreement(records, has_exponents=has_exponents)
     if found is None:
         present = sorted({record["backend"] for record in records})
         return f"backends not compared: {f'only {present[0]} ran' if present else 'nothing was measured'}"

@@ -39,10 +39,10 @@ def free_bytes() -> int:
     return free
 
 
-def versions() -> str:
+def versions(packages: Iterable[str] = PACKAGES) -> str:
     """'python=3.11.9 numpy=2.1.0 ...', of what is installed."""
     found = [f"python={platform.python_version()}"]
-    for name in PACKAGES:
+    for name in packages:
         try:
             found.append(f"{name}={importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
@@ -53,12 +53,14 @@ def versions() -> str:
 def commit() -> str:
     """The commit that runs, '+dirty' when tracked files differ from it.
 
-    Outside a clone it is what the environment's VQ_COMMIT says, or 'unknown'.
+    The environment's VQ_COMMIT goes first, for a copy without the history; 'unknown' where nothing tells.
     """
+    if os.environ.get("VQ_COMMIT"):
+        return os.environ["VQ_COMMIT"]
     is_clone = _git("rev-parse", "--show-toplevel") == str(ROOT)
     head = _git("rev-parse", "--verify", "--quiet", "HEAD") if is_clone else ""
     if not head:
-        return os.environ.get("VQ_COMMIT", "unknown")
+        return "unknown"
     return head + ("+dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
 
 

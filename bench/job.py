@@ -27,8 +27,10 @@ class Job:
       n_kmeans: Lloyd iterations that fit the codebooks.
       seed: of every draw.
       dtype: one of `DTYPES`.
-      input: 'real' (bytes of Python's standard library) or 'random' (Gaussian).
+      input: 'real' (bytes of Python's standard library), 'random' (Gaussian) or 'captured'.
       n_warmup, n_repeat, max_repeat_s: see `BenchConfig`.
+      layer: where q, k and v are from, as 'smollm2-135m/12'; codebooks are then fitted on other text.
+      capture: digest of what is captured of that layer.
     """
 
     d_model: int
@@ -52,6 +54,8 @@ class Job:
     n_warmup: int
     n_repeat: int
     max_repeat_s: float
+    layer: str | None = None
+    capture: str | None = None
 
     @classmethod
     def of(cls, config: TransformerConfig, *, batch: int, is_random: bool) -> "Job":
@@ -97,7 +101,8 @@ class Job:
     @property
     def digest(self) -> str:
         """Twelve hex digits that change with any attribute."""
-        text = json.dumps(self.to_json(), sort_keys=True)
+        given = {key: value for key, value in self.to_json().items() if value is not None}
+        text = json.dumps(given, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
@@ -136,8 +141,13 @@ class Job:
         )
 
 
+def is_exact(mechanism: str) -> bool:
+    """Whether a mechanism is exact attention, by the framework's best kernel or one that is named."""
+    return mechanism.startswith("exact") and not is_windowed(mechanism)
+
+
 def is_windowed(mechanism: str) -> bool:
-    """Whether a mechanism is VQ-attention with an exact window."""
+    """Whether a mechanism has an exact window."""
     return mechanism.endswith("_window")
 
 

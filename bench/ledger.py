@@ -11,7 +11,10 @@ from bench.records import Record
 
 # What a record takes from its job as it is.
 SHAPE = frozenset(
-    ("dtype", "batch", "heads", "width", "value_width", "codes_q", "codes_k", "block_len", "input")
+    (
+        *("dtype", "batch", "heads", "width", "value_width"),
+        *("codes_q", "codes_k", "block_len", "input", "layer"),
+    )
 )
 
 
@@ -31,7 +34,7 @@ class Ledger:
     ) -> None:
         self.path, self.suite, self.job, self.direction = path, suite, job, direction
         self.notes: list[str] = []
-        self._devices: dict[str, tuple[str, str]] = {}
+        self.devices: dict[str, tuple[str, str]] = {}
         self._provenance = {"commit": host.commit(), "versions": host.versions()}
         if is_resume:
             if records.repair(path):
@@ -45,7 +48,21 @@ class Ledger:
 
     def set_device(self, backend: str, device: str, device_name: str) -> None:
         """Say what a backend runs on: a record of another device is another measurement."""
-        self._devices[backend] = device, device_name
+        self.devices[backend] = device, device_name
+
+    def device(self, backend: str) -> str:
+        """Name of the device that a backend runs on."""
+        return self.devices[backend][1]
+
+    def join_exact(self) -> None:
+        """Write the time of exact attention into every record of this run that it was measured beside."""
+        ok = [record for record in self.current() if record["status"] == "ok"]
+        exact = {_pair(record): record["ms_median"] for record in ok if record["mechanism"] == "exact"}
+        ids = {records.identity(record) for record in ok}
+        found = records.read(self.path)
+        joined = [r | {"exact_ms": exact.get(_pair(r))} if records.identity(r) in ids else r for r in found]
+        if joined != found:
+            records.rewrite(self.path, joined)
 
     def current(self) -> list[Record]:
         """The newest record of every point of this job on these devices."""
@@ -54,7 +71,7 @@ class Ledger:
             for record in records.latest(records.read(self.path))
             if (record["suite"], record["direction"]) == (self.suite, self.direction)
             and record["config_hash"] == self.job.digest
-            and (record["device"], record["device_name"]) == self._devices.get(record["backend"])
+            and (record["device"], record["device_name"]) == self.devices.get(record["backend"])
         ]
 
     def done(self) -> dict[tuple[Any, ...], Record]:
@@ -75,7 +92,7 @@ class Ledger:
         records.append(self.path, found)
 
     def _base(self, backend: str, point: Point) -> Record:
-        device, device_name = self._devices[backend]
+        device, device_name = self.devices[backend]
         shape = {key: value for key, value in self.job.to_json().items() if key in SHAPE}
         mem_len, n_sink = self.job.window(point.mechanism)
         return shape | {
@@ -88,6 +105,11 @@ class Ledger:
             **point._asdict(),
             "config_hash": self.job.digest,
         }
+
+
+def _pair(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a record has in common with that of exact attention to the same inputs."""
+    return tuple(record[key] for key in ("backend", "is_causal", "direction", "length", "commit"))
 
 
 def refusals(found: Iterable[Record]) -> list[Record]:

@@ -49,6 +49,15 @@ class Spread(NamedTuple):
     n_repeat: int
 
 
+class Timed(NamedTuple):
+    """Repeated calls of a program."""
+
+    times_ms: list[float]
+    timing: str  # how, see `records.KEYS`
+    peak_bytes: int | None = None
+    dispatch_ms: float | None = None  # of the host, to enqueue one call
+
+
 def spread(times_ms: list[float]) -> Spread:
     """Median and quantiles of repeats."""
     low, middle, high = np.percentile(times_ms, (20, 50, 80))
@@ -87,6 +96,16 @@ def time_calls(
         synchronize(result)
         times.append(1e3 * (time.perf_counter() - start) / n_inner)
     return times
+
+
+def dispatch(call: Call, synchronize: Callable[[Any], None], n_inner: int) -> float:
+    """Milliseconds of the host to enqueue a call, over `n_inner` that nobody waits for meanwhile."""
+    start = time.perf_counter()
+    for _ in range(n_inner):
+        result = call()
+    seconds = time.perf_counter() - start
+    synchronize(result)
+    return 1e3 * seconds / n_inner
 
 
 def batch_size(call_s: float) -> int:

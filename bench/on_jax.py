@@ -11,7 +11,7 @@ from flax import nnx
 from numpy.typing import NDArray
 
 import jax_vq
-from bench import host, measure
+from bench import device_time, host, measure, resident
 from bench.job import Job
 from bench.registry import DIFFERENTIABLE
 from vq_common import TransformerConfig
@@ -20,6 +20,10 @@ from vq_common import TransformerConfig
 def _bytes_free_on_gpu() -> int:
     stats = jax.devices()[0].memory_stats() or {}
     return int(stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0))
+
+
+def _peak_bytes_on_gpu() -> int:
+    return int((jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0))
 
 
 DEVICES = {
@@ -86,7 +90,10 @@ class Backend:
         self.device = DEVICES[self.kind]
         self.job = job
         self._nearest_codes = jax.jit(jax_vq.nearest_codes)
-        self.timing = "host clock" if self.kind == "cpu" else "host clock, enqueued calls"
+        self.keeps_peak = self.kind != "cpu"
+        precision = "highest" if job.dtype in ("float32", "float64") else "default"
+        self._copy = jax.jit(lambda x: x + 1)
+        self._matmul = jax.jit(lambda x: jnp.matmul(x, x, precision=precision))
 
     def array(self, x: NDArray[Any], dtype: str) -> jax.Array:
         """A NumPy array on the device; bfloat16 comes as its bits."""
@@ -138,10 +145,12 @@ class Backend:
         """Bytes of all arrays."""
         return sum(x.nbytes for x in jax.tree.leaves(tree))
 
-    def times(
-        self, program: measure.Program, arrays: tuple[jax.Array, ...]
-    ) -> tuple[list[float], int | None]:
-        """Milliseconds of repeated calls, and the peak of memory, which is what the compiler reserves."""
+    def times(self, program: measure.Program, arrays: tuple[jax.Array, ...]) -> measure.Timed:
+        """Repeated calls; the peak of memory is what the compiler reserves.
+
+        On a GPU by the profiler, where it can tell the calls apart; the first of them is left out,
+        whose kernels wait for the host.
+        """
         job, synchronize = self.job, self.device.synchronize
         arguments = program.arguments(arrays)
 
@@ -149,9 +158,45 @@ class Backend:
             return program.run(*arguments)
 
         call_s = measure.warm_up(call, synchronize, job.n_warmup)
-        n_inner = 1 if self.kind == "cpu" else measure.batch_size(call_s)
         sizes = {"n_repeat": job.n_repeat, "max_repeat_s": job.max_repeat_s}
-        return measure.time_calls(call, synchronize, n_inner=n_inner, **sizes), program.peak_bytes
+        if self.kind == "cpu":
+            times = measure.time_calls(call, synchronize, **sizes)
+            return measure.Timed(times, "host clock", program.peak_bytes)
+        n_inner = measure.batch_size(call_s)
+        dispatch_ms = measure.dispatch(call, synchronize, n_inner)
+        n_call = 1 + min(job.n_repeat, max(int(job.max_repeat_s / call_s), 1))
+        spans = device_time.spans_ms(call, synchronize, n_call)
+        if spans is not None:
+            return measure.Timed(spans[1:], "device profiler", program.peak_bytes, dispatch_ms)
+        times = measure.time_calls(call, synchronize, n_inner=n_inner, **sizes)
+        return measure.Timed(times, "host clock, enqueued calls", program.peak_bytes, dispatch_ms)
+
+    def copy(self, x: jax.Array) -> jax.Array:
+        """A new array, for the rate at which memory is read and written."""
+        return self._copy(x)
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """`x [N, N]` times itself, as precise as the mechanisms multiply its type."""
+        return self._matmul(x)
+
+    def observed_bytes(self, program: measure.Program, arrays: tuple[jax.Array, ...]) -> int | None:
+        """Most bytes seen in use in a call: of the allocator, on a CPU of the process beyond those before.
+
+        The allocator's peak is the highest since the process started: None where a call before this
+        one took more.
+        """
+        arguments = program.arguments(arrays)
+
+        def call() -> Any:
+            return self.device.synchronize(program.run(*arguments))
+
+        if self.kind == "cpu":
+            call()
+            return resident.growth(call)
+        before = _peak_bytes_on_gpu()
+        call()
+        after = _peak_bytes_on_gpu()
+        return after if after > before else None
 
     def release(self) -> None:
         """Give cached memory back; jax keeps none that another call could not take."""

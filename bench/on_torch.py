@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import torch_ref
-from bench import host, measure
+from bench import host, measure, resident
 from bench.cost_torch import TrackMemory
 from bench.job import Job
 from bench.registry import DIFFERENTIABLE
@@ -31,9 +31,6 @@ DEVICES = {
     ),
     "mps": measure.Device(lambda result: torch.mps.synchronize(), _bytes_free_on_mps, host.cpu_name),
 }
-
-
-TIMING = {"cpu": "host clock", "cuda": "device events", "mps": "host clock, enqueued calls"}
 
 
 def _graph(fn: Callable[..., Any], arrays: tuple[Tensor, ...]) -> tuple[Any, ...]:
@@ -65,6 +62,7 @@ class Backend:
     """
 
     name = "torch"
+    keeps_peak = False  # the peak of memory can be reset
 
     def __init__(self, device: str, job: Job) -> None:
         there = {
@@ -77,7 +75,7 @@ class Backend:
             raise ValueError(f"torch {torch.__version__} sees no {device} device")
         self.device = DEVICES[self.kind]
         self.job = job
-        self.timing = TIMING[self.kind]
+        self._copied: Tensor | None = None
 
     def array(self, x: NDArray[Any], dtype: str) -> Tensor:
         """A NumPy array on the device; bfloat16 comes as its bits."""
@@ -119,8 +117,8 @@ class Backend:
         """Bytes of all arrays."""
         return sum(x.nbytes for x in tree_leaves(tree) if isinstance(x, Tensor))
 
-    def times(self, program: measure.Program, arrays: tuple[Tensor, ...]) -> tuple[list[float], int | None]:
-        """Milliseconds of repeated calls, and the peak of memory.
+    def times(self, program: measure.Program, arrays: tuple[Tensor, ...]) -> measure.Timed:
+        """Repeated calls, on CUDA by events.
 
         The peak is the allocator's on CUDA; elsewhere one more warm-up call is followed storage
         by storage, which does not see the workspace of single operations.
@@ -136,18 +134,50 @@ class Backend:
             arguments = program.arguments(arrays)
             call_s = measure.warm_up(call, synchronize, max(job.n_warmup, 1))
             peak = int(torch.cuda.max_memory_allocated())
+            dispatch_ms = measure.dispatch(call, synchronize, measure.batch_size(call_s))
             event = partial(torch.cuda.Event, enable_timing=True)
-            return measure.time_events(call, event, synchronize, call_s=call_s, **sizes), peak
+            times = measure.time_events(call, event, synchronize, call_s=call_s, **sizes)
+            return measure.Timed(times, "device events", peak, dispatch_ms)
         with TrackMemory() as tracker:
             arguments = program.arguments(arrays)
             synchronize(call())
         peak = sum(x.untyped_storage().nbytes() for x in arrays) + tracker.peak + program.held_bytes
         call_s = measure.warm_up(call, synchronize, job.n_warmup - 1)
-        n_inner = 1 if self.kind == "cpu" else measure.batch_size(call_s)
-        return measure.time_calls(call, synchronize, n_inner=n_inner, **sizes), peak
+        if self.kind == "cpu":
+            return measure.Timed(measure.time_calls(call, synchronize, **sizes), "host clock", peak)
+        n_inner = measure.batch_size(call_s)
+        dispatch_ms = measure.dispatch(call, synchronize, n_inner)
+        times = measure.time_calls(call, synchronize, n_inner=n_inner, **sizes)
+        return measure.Timed(times, "host clock, enqueued calls", peak, dispatch_ms)
+
+    def copy(self, x: Tensor) -> Tensor:
+        """An array written anew, for the rate at which memory is read and written."""
+        if self._copied is None or self._copied.shape != x.shape:
+            self._copied = torch.empty_like(x)
+        return torch.add(x, 1, out=self._copied)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """`x [N, N]` times itself."""
+        return x @ x
+
+    def observed_bytes(self, program: measure.Program, arrays: tuple[Tensor, ...]) -> int | None:
+        """Most bytes seen in use in a call: of the allocator, on a CPU of the process beyond those before.
+
+        None on MPS, which counts no peak.
+        """
+        if self.kind == "mps":
+            return None
+        arguments = program.arguments(arrays)
+        self.device.synchronize(program.run(*arguments))
+        if self.kind == "cpu":
+            return resident.growth(lambda: program.run(*arguments))
+        torch.cuda.reset_peak_memory_stats()
+        self.device.synchronize(program.run(*arguments))
+        return int(torch.cuda.max_memory_allocated())
 
     def release(self) -> None:
         """Give cached memory back, so that the other backend's process can have it."""
+        self._copied = None
         if self.kind == "cuda":
             torch.cuda.empty_cache()
         elif self.kind == "mps":

@@ -12,8 +12,14 @@ COLORS = {
     "vq_k": "#3aa17e",
     "vq_qk_window": "#6a51a3",
     "vq_k_window": "#8c8c3a",
+    "exact_window": "#777777",
     "hyper": "#c9802b",
     "exact": "#b03a48",
+    "exact_cudnn": "#8e2f7b",
+    "exact_xla": "#d98880",
+    "exact_flash": "#e05a33",
+    "exact_efficient": "#a6785a",
+    "exact_math": "#5c5c5c",
 }
 CALLS = {
     "fwd": "one forward call, ms",
@@ -38,11 +44,11 @@ def write(path: Path, found: Sequence[Record]) -> None:
     figure = Figure(figsize=(6.2 * len(forms), 5.2), layout="constrained")
     panels = figure.subplots(1, len(forms), sharey=True, squeeze=False)
     for is_causal, panel in zip(forms, panels[0], strict=True):
-        for (backend, mechanism, form), curve in measured.items():
+        for (framework, mechanism, form), curve in measured.items():
             if form != is_causal:
                 continue
-            name = backend, mechanism, form
-            line, marker = STYLES[backend]
+            name = framework, mechanism, form
+            line, marker = STYLES[framework]
             slope = f"  T^{slopes[name]:.2f}" if name in slopes else ""
             panel.loglog(
                 list(curve),
@@ -51,7 +57,7 @@ def write(path: Path, found: Sequence[Record]) -> None:
                 marker=marker,
                 markersize=4,
                 color=COLORS[mechanism],
-                label=f"{MECHANISMS[mechanism].title}, {backend}{slope}",
+                label=f"{MECHANISMS[mechanism].title}, {framework}{slope}",
             )
         lengths = sorted({T for name, curve in measured.items() if name[2] == is_causal for T in curve})
         panel.set_xticks(lengths, [f"{T // 1024}k" if T % 1024 == 0 else str(T) for T in lengths])
@@ -63,14 +69,16 @@ def write(path: Path, found: Sequence[Record]) -> None:
         if lengths:
             panel.legend(fontsize=7.5)
     panels[0][0].set_ylabel(CALLS[found[0]["direction"] if found else "fwd"])
-    figure.suptitle(_subtitle(found), fontsize=9)
+    figure.suptitle(subtitle(found), fontsize=9)
     figure.savefig(path, dpi=150)
 
 
-def _subtitle(found: Sequence[Record]) -> str:
+def subtitle(found: Sequence[Record], *, has_codes: bool = True) -> str:
+    """What was measured, on what."""
     if not found:
         return "nothing was measured"
     r = found[0]
     devices = " / ".join(dict.fromkeys(record["device_name"] for record in found))
-    shape = f"B {r['batch']}, H {r['heads']}, D {r['width']}, V {r['value_width']}, {r['codes_k']} codes"
+    shape = f"B {r['batch']}, H {r['heads']}, D {r['width']}, V {r['value_width']}"
+    shape += f", {r['codes_k']} codes" if has_codes else f", T {r['length']:,}"
     return f"{devices}; {shape}, {r['dtype']}, {r['input']} input; commit {r['commit'][:12]}"

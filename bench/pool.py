@@ -66,6 +66,12 @@ class Pool:
                 self._workers.pop(backend).close()
         return answers
 
+    def end(self, backend: str) -> None:
+        """End a worker: the next command starts another."""
+        worker = self._workers.pop(backend, None)
+        if worker is not None:
+            worker.close()
+
     def close(self) -> None:
         """End all workers."""
         for worker in self._workers.values():
@@ -80,7 +86,5 @@ class Pool:
         return self._workers[backend]
 
     def _bury(self, backend: str, death: ChildDied) -> Answer:
-        worker = self._workers.pop(backend, None)
-        if worker is not None:
-            worker.close()
+        self.end(backend)
         return {"status": "failed", "reason": str(death), "is_memory": "SIGKILL" in str(death)}

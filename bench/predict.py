@@ -4,11 +4,13 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bench.job import STEP, Job, Point
+from bench.job import STEP, Job, Point, is_exact
+from bench.registry import MECHANISMS
 
 UNIT = 2048  # tokens, about where exact attention takes as long as the linear mechanisms
 # float32 arrays [B, H, T, T] that an exact kernel keeps which stores its scores.
 SCORES = {"fwd": 3, "fwd+bwd": 5, "bwd": 6}
+TABLES = 3  # float32 arrays [B, H, Cq, Ck] of attention from codes to codes
 TIME_MARGIN = 1.2  # a prediction is a shorter length, scaled; the next cache is slower
 
 
@@ -44,7 +46,7 @@ def work(job: Job, point: Point) -> float:
     units = point.length / UNIT
     if point.direction == STEP:
         return units if point.mechanism == "exact" else 1.0
-    if point.mechanism == "exact":
+    if is_exact(point.mechanism):
         return units**2
     if point.mechanism == "hyper" and point.is_causal:
         piece = min(point.length, job.min_seq_len) / UNIT
@@ -65,7 +67,8 @@ def memory_bytes(job: Job, point: Point, seen: Sequence[Seen]) -> int:
     """Of one call, from the longest seen call with a figure, else from a model.
 
     The model: inputs and output, with their gradients where they are asked for, the same again in
-    float32, and for an exact kernel that keeps its scores a few arrays `[B, H, T, T]` of float32.
+    float32, for an exact kernel that keeps its scores a few arrays `[B, H, T, T]` of float32, and
+    between quantized queries and keys a few `[B, H, Cq, Ck]`.
     Of a step: keys and values twice, where all are kept.
     """
     itemsize = {"float64": 8, "float32": 4, "bfloat16": 2}[job.dtype]
@@ -74,13 +77,15 @@ def memory_bytes(job: Job, point: Point, seen: Sequence[Seen]) -> int:
         is_kept = point.mechanism == "exact"
         return rows * 2 * (job.width + job.value_width) * itemsize if is_kept else 0
     implementation = max(seen, key=lambda s: s.length).implementation if seen else ""
-    is_quadratic = point.mechanism == "exact" and implementation in ("xla", "math", "")
+    is_quadratic = is_exact(point.mechanism) and implementation in ("xla", "math", "")
     peaks = {s.length: s.peak_bytes for s in seen if s.peak_bytes}
     if peaks:
         longest = max(peaks)
         return int(peaks[longest] * (point.length / longest) ** (2 if is_quadratic else 1))
     n_array = 2 if point.direction == "fwd" else 4  # of width D and of width V
     tokens = rows * n_array * (job.width + job.value_width) * (itemsize + 4)
+    if "codebook_q" in MECHANISMS[point.mechanism].arrays:
+        tokens += TABLES * 4 * job.batch * job.heads * job.codes_q * job.codes_k
     return tokens + (SCORES[point.direction] * 4 * rows * point.length if is_quadratic else 0)
 
 

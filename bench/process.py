@@ -39,7 +39,8 @@ class Child:
     """A process that runs `bench.worker`.
 
     Args:
-      setup: its first message, see `worker.start`; its stderr goes into the setup's folder.
+      setup: its first message, see `worker.start`; its stderr goes into the setup's folder, and its
+        `environment` is added to that of this process.
 
     It has its own session, so that Ctrl-C reaches the parent alone, and ends by itself when the
     parent is gone, at the end of what it is doing.
@@ -47,7 +48,7 @@ class Child:
 
     def __init__(self, setup: dict[str, Any]) -> None:
         self._log = Path(setup["folder"]) / f"{setup['backend']}.log"
-        environment = ENVIRONMENT | os.environ
+        environment = ENVIRONMENT | os.environ | setup.get("environment", {})
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
         with open(self._log, "ab") as log:

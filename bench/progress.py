@@ -35,7 +35,7 @@ class Progress:
             self._bar.stop()
 
     def begin(self, total: int) -> None:
-        """Say how many points there are."""
+        """Say how many points there are in all."""
         self._total = total
         if self._bar is not None:
             self._bar.update(self._task, total=total)

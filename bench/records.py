@@ -14,7 +14,8 @@ Record = dict[str, Any]
 KEYS = {
     "suite": "name of the suite: 'scaling', 'decode', 'codebook', 'memory' or 'accuracy'",
     "backend": "'jax' or 'torch'",
-    "mechanism": "'vq_qk', 'vq_k', 'vq_qk_window', 'vq_k_window', 'hyper' or 'exact'",
+    "mechanism": "'vq_qk', 'vq_k', 'vq_qk_window', 'vq_k_window', 'exact_window', 'hyper', 'exact', or "
+    "'exact_flash' and the like, which name the kernel",
     "implementation": "kernel that ran: 'xla', 'cudnn', 'eager', 'flash', ...; null where none did",
     "device": "'cpu', 'cuda' or 'mps'",
     "device_name": "model of the device",
@@ -33,11 +34,13 @@ KEYS = {
     "block_len": "L of causal VQ-attention",
     "mem_len": "exact tokens before the block, of this mechanism: 0 for all but the window form",
     "n_sink": "exact first tokens, of this mechanism: 0 for all but the window form",
-    "input": "'real' (q, k, v of a module over bytes of Python's standard library) or 'random' (Gaussian)",
+    "input": "'real' (q, k, v of a module over bytes of Python's standard library), 'random' (Gaussian) "
+    "or 'captured' (of a layer of a pretrained model)",
     "status": "'ok', 'skipped' (not tried: see reason) or 'failed' (tried: see reason)",
     "reason": "why the point is not ok, else null",
     "timing": "'host clock' (of single calls), 'host clock, enqueued calls' (many calls enqueued, waited for "
-    "once, divided) or 'device events' (on the device's own clock); null where nothing was timed",
+    "once, divided), 'device events' or 'device profiler' (both on the device's own clock; from the first "
+    "kernel of a call to its last); null where nothing was timed",
     "ms_median": "median milliseconds of one call, quantization included",
     "ms_p20": "20th percentile",
     "ms_p80": "80th percentile",
@@ -75,7 +78,7 @@ KEYS = {
     "gradients; null without one",
     "verified_length": "those tokens",
     "config_hash": "changes with any setting that can change the figures, see bench.job.Job",
-    "commit": "of this project; '+dirty' with local changes; outside a clone VQ_COMMIT, or 'unknown'",
+    "commit": "of this project; '+dirty' with local changes; VQ_COMMIT of the environment goes first",
     "versions": "'name=version' of Python and the packages",
     "time": "when it was recorded, UTC",
 }
@@ -114,6 +117,16 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def rewrite(path: Path, found: Iterable[Mapping[str, Any]]) -> None:
+    """Put these records in place of those of a file, all of them or, when killed before the end, none."""
+    new = path.with_suffix(".new")
+    with open(new, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(dict(record)) + "\n" for record in found)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
 
 
 def read(path: Path) -> list[Record]:

@@ -6,13 +6,28 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from bench.job import STEP, Job, Point, is_windowed
+from bench.job import STEP, Job, Point, is_exact, is_windowed
 
 PACKAGES = {"jax": "jax_vq", "torch": "torch_ref"}
 BACKENDS = tuple(PACKAGES)
+# Kernels of exact attention that can be asked for, and what each framework calls them.
+KERNELS = {
+    "jax": {"cudnn": "cudnn", "xla": "xla"},
+    "torch": {
+        "cudnn": "CUDNN_ATTENTION",
+        "flash": "FLASH_ATTENTION",
+        "efficient": "EFFICIENT_ATTENTION",
+        "math": "MATH",
+    },
+}
+NO_WEIGHT = -1e9  # added to a score, so that its weight is 0 in every dtype
 DIFFERENTIABLE = ("q", "k", "v")  # the first arguments of every mechanism
 
 Shape = tuple[int, ...]
+
+
+class UnavailableError(Exception):
+    """A kernel that was asked for cannot run here; the message says which and why."""
 
 
 class Built(NamedTuple):
@@ -58,9 +73,13 @@ def unsupported(backend: str, job: Job, point: Point) -> str | None:
     """Why a backend cannot run a mechanism for this job, or None."""
     if is_windowed(point.mechanism) and not point.is_causal:
         return "an exact window is of causal attention only"
+    if point.mechanism == "exact_window" and point.direction == STEP:
+        return "the window alone is measured on whole sequences only"
     if point.mechanism == "hyper" and point.direction == STEP:
         return "HyperAttention has no step: it sorts whole sequences"
-    if point.mechanism == "exact" and backend == "jax":
+    if kernel_of(point.mechanism) is not None and point.direction == STEP:
+        return "one token is timed with the kernel that 'exact' picks"
+    if is_exact(point.mechanism) and backend == "jax":
         if job.width != job.value_width:
             return f"jax.nn.dot_product_attention needs d_k == d_v, found {job.width} and {job.value_width}"
         if job.dtype == "float64":
@@ -92,15 +111,38 @@ def _build_vq(mechanism: str, backend: str, job: Job, is_causal: bool, arrays: t
     return Built(op if has_query_codes else keys_only, _default_implementation(backend))
 
 
+def _build_window(backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
+    """The window form with its coded part switched off: one code, at no weight."""
+    options = vq_options("exact_window", job)
+    op = partial(_ops(backend).vq_attention, is_causal=is_causal, scale=1.0, **options)
+
+    def window(q: Any, k: Any, v: Any) -> Any:
+        codebook_k = 0 * k[0, :1].swapaxes(0, 1)
+        return op(q, k, v, None, codebook_k, code_bias=codebook_k[:, 0, 0] + NO_WEIGHT)
+
+    return Built(window, _default_implementation(backend))
+
+
 def _build_hyper(backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
     op = _ops(backend).hyper_attention
     sizes = {"block_size": job.block_size, "min_seq_len": job.min_seq_len}
     return Built(partial(op, is_causal=is_causal, scale=1.0, **sizes), _default_implementation(backend))
 
 
-def _build_exact(backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
+def kernel_of(mechanism: str) -> str | None:
+    """The kernel that 'exact_flash' and the like name; None for all other mechanisms."""
+    return mechanism.removeprefix("exact_") if is_exact(mechanism) and mechanism != "exact" else None
+
+
+def has_kernel(backend: str, mechanism: str) -> bool:
+    """Whether a framework has the kernel that a mechanism names, if it names one."""
+    return kernel_of(mechanism) in (None, *KERNELS[backend])
+
+
+def _build_exact(mechanism: str, backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
     """The framework's own kernel, called directly."""
-    return {"jax": _exact_jax, "torch": _exact_torch}[backend](job, is_causal, arrays)
+    build = {"jax": _exact_jax, "torch": _exact_torch}[backend]
+    return build(kernel_of(mechanism), job, is_causal, arrays)
 
 
 def jax_kernel(job: Job) -> str:
@@ -112,11 +154,13 @@ def jax_kernel(job: Job) -> str:
     return "cudnn" if jax.default_backend() == "gpu" and is_half and fits else "xla"
 
 
-def _exact_jax(job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
+def _exact_jax(kernel: str | None, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
     import jax
 
     is_half = job.dtype in ("bfloat16", "float16")
-    implementation = jax_kernel(job)
+    implementation = kernel or jax_kernel(job)
+    if kernel == "cudnn" and jax_kernel(job) != "cudnn":
+        raise UnavailableError(f"cudnn runs here on no {job.dtype} of width {job.width}, {job.value_width}")
 
     def exact(q: Any, k: Any, v: Any) -> Any:
         with jax.default_matmul_precision("default" if is_half else "highest"):
@@ -127,7 +171,7 @@ def _exact_jax(job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
     return Built(exact, implementation)
 
 
-def _exact_torch(job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
+def _exact_torch(asked: str | None, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -147,6 +191,13 @@ def _exact_torch(job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
             torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
 
     q, k, v = arrays
+    if asked is not None:
+        kernel = getattr(SDPBackend, KERNELS["torch"][asked])
+        try:
+            probe(kernel)
+        except RuntimeError as error:
+            raise UnavailableError(f"{asked} runs here on no {job.dtype}: {error}") from error
+        return Built(partial(forced, kernel), asked)
     if q.device.type != "cuda":
         name = "sdpa"  # where torch does not tell what it chooses
         with contextlib.suppress(RuntimeError):
@@ -179,24 +230,43 @@ def _vq(mechanism: str, title: str, *quantized: str) -> Mechanism:
     )
 
 
+def _exact(mechanism: str, title: str) -> Mechanism:
+    """Exact attention, by the kernel that the mechanism names."""
+    return Mechanism(title, ("q", "k", "v"), (), partial(_build_exact, mechanism))
+
+
 MECHANISMS: dict[str, Mechanism] = {
     "vq_qk": _vq("vq_qk", "VQ-attention, queries and keys", "q", "k"),
     "vq_k": _vq("vq_k", "VQ-attention, keys only", "k"),
     "vq_qk_window": _vq("vq_qk_window", "VQ-attention with an exact window, queries and keys", "q", "k"),
     "vq_k_window": _vq("vq_k_window", "VQ-attention with an exact window, keys only", "k"),
+    "exact_window": Mechanism(
+        title="exact window and sinks alone",
+        arrays=("q", "k", "v"),
+        quantized=(),
+        build=_build_window,
+    ),
     "hyper": Mechanism(
         title="HyperAttention",
         arrays=("q", "k", "v", "directions", "sample_ids"),
         quantized=(),
         build=_build_hyper,
     ),
-    "exact": Mechanism(title="exact attention", arrays=("q", "k", "v"), quantized=(), build=_build_exact),
+    "exact": _exact("exact", "exact attention"),
+    **{
+        f"exact_{kernel}": _exact(f"exact_{kernel}", f"exact attention, {kernel}")
+        for kernel in dict.fromkeys(kernel for kernels in KERNELS.values() for kernel in kernels)
+    },
 }
 
 
+# Those that pick their own kernel: what a suite runs when it is not told.
+OWN_KERNEL = tuple(name for name in MECHANISMS if kernel_of(name) is None)
+
+
 def default_mechanisms(job: Job) -> tuple[str, ...]:
-    """All, the window form only where the configuration has a window or sinks."""
-    return tuple(name for name in MECHANISMS if job.has_exact_part or not is_windowed(name))
+    """All that pick their own kernel; the window form only where the job has a window or sinks."""
+    return tuple(name for name in OWN_KERNEL if job.has_exact_part or not is_windowed(name))
 
 
 def build(mechanism: str, backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:

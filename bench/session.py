@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import fit, host, predict, registry, verify
+from bench import fit, floor, host, predict, registry, verify
+from bench.extras import OBSERVED
 from bench.inputs import Store, token_bytes
 from bench.job import Job, Point
 from bench.ledger import Ledger
@@ -35,10 +36,13 @@ class Options(NamedTuple):
     is_resume: bool
     suite: str = "scaling"
     direction: str = "fwd"
+    extras: tuple[str, ...] = ()  # what records hold beside time, see `extras`
+    title: str = ""  # of this one of several runs
+    held_out: int = 0  # tokens of other text that codebooks are fitted on; 0: those that are measured
 
 
 def plan(options: Options) -> list[tuple[str, Point]]:
-    """All points, pairs side by side.
+    """All points, pairs side by side; a kernel that only one framework has is planned in that one.
 
     Every second length comes first, then those between and the longest, each time with the least
     work first: an interrupt, or the end of the time, leaves curves over a wide range.
@@ -52,7 +56,8 @@ def plan(options: Options) -> list[tuple[str, Point]]:
         for is_causal in options.causal
     ]
     points.sort(key=lambda point: (point.length not in first, predict.work(options.job, point)))
-    return [(backend, point) for point in points for backend in options.backends]
+    pairs = ((backend, point) for point in points for backend in options.backends)
+    return [(backend, point) for backend, point in pairs if registry.has_kernel(backend, point.mechanism)]
 
 
 class Session:
@@ -67,11 +72,15 @@ class Session:
         self.notes: list[str] = []
         self._free: dict[str, int] = {}
         self._done: dict[tuple[Any, ...], Any] = {}
-        self._verified: dict[Key, dict[str, Any]] = {}
-        self._refused: set[Key] = set()
+        self.verified: dict[Key, dict[str, Any]] = {}
+        self.refused: dict[Key, str] = {}  # and why
+        self.unavailable: dict[Key, str] = {}  # kernels that cannot run here, and why
         self._seen: dict[Key, list[predict.Seen]] = {}
         self._no_memory: dict[Key, int] = {}
         self._filled = 0
+        self._ceilings: dict[str, floor.Ceilings] = {}
+        self._keeps_peak: set[str] = set()  # backends whose highest peak lasts as long as their process
+        self._in_process: dict[str, Key] = {}
 
     # --- start -----------------------------------------------------------------------------
 
@@ -88,6 +97,7 @@ class Session:
                 raise RunError(f"{backend}: {hello['reason']}")
             self.ledger.set_device(backend, hello["device"], hello["device_name"])
             self._free[backend] = hello["free_bytes"]
+            self._keeps_peak |= {backend} if hello.get("keeps_peak") else set()
             self.progress.line(f"{backend} on {hello['device']} ({hello['device_name']})")
             on_cpu += [backend] if hello["device"] == "cpu" else []
         if on_cpu and self.options.device == "auto" and host.has_nvidia_gpu():
@@ -96,9 +106,28 @@ class Session:
                 f"the CPU; with --device cuda that is an error"
             )
         self._done = self.ledger.done()
-        self.progress.begin(len(self.points))
+        if OBSERVED in self.options.extras and self._keeps_peak:
+            order = list(registry.MECHANISMS)
+            self.points.sort(key=lambda item: (order.index(item[1].mechanism), item[1][1:]))
         if self._pending():
+            self._find_ceilings()
             self._prepare()
+
+    def _find_ceilings(self) -> None:
+        """The best rates that any backend reaches on each kind of device."""
+        self.progress.now("measuring how fast the device copies and multiplies")
+        found: dict[str, list[floor.Ceilings]] = {}
+        for backend in self.options.backends:
+            answer = self.pool.ask(backend, {"do": "ceilings"})
+            if answer["status"] != "ok":
+                self._note(f"{backend}: the device's own rates could not be measured: {answer['reason']}")
+                continue
+            rates = floor.Ceilings(answer["copy_gb_s"], answer["matmul_tflop_s"])
+            found.setdefault(self.ledger.device(backend), []).append(rates)
+        for device, reached in found.items():
+            copy, matmul = map(max, zip(*reached, strict=True))
+            self._ceilings[device] = floor.Ceilings(copy, matmul)
+            self.progress.line(f"{device}: copies {copy:,.0f} GB/s, multiplies {matmul:,.3g} TFLOP/s")
 
     def _pending(self) -> list[tuple[str, Point]]:
         return [item for item in self.points if self.ledger.identity(*item) not in self._done]
@@ -108,7 +137,8 @@ class Session:
         self.progress.line(text)
 
     def _prepare(self) -> None:
-        source = "Python's standard library" if self.job.input == "real" else "Gaussian noise"
+        sources = {"real": "Python's standard library", "random": "Gaussian noise"}
+        source = sources.get(self.job.input, self.job.layer)
         self.progress.now(f"preparing inputs from {source}")
         answer = self.pool.ask(self._preparing, {"do": "prepare"})
         if answer["status"] != "ok":
@@ -164,7 +194,11 @@ class Session:
         self.progress.now(f"verifying {name}")
         direction = self.options.direction
         point = Point(mechanism, is_causal, length, direction)
-        backends = [b for b in self.options.backends if not registry.unsupported(b, self.job, point)]
+        backends = [
+            backend
+            for backend in self.options.backends
+            if registry.has_kernel(backend, mechanism) and not registry.unsupported(backend, self.job, point)
+        ]
         expected: dict[str, verify.Array] = {}
         answers = self.pool.ask_all(
             backends,
@@ -182,6 +216,9 @@ class Session:
             twin_error = max(verify.error(first[part], second[part]) for part in expected)
         for backend, answer in answers.items():
             key = backend, mechanism, is_causal
+            if answer["status"] == "skipped":
+                self.unavailable[key] = answer["reason"]
+                continue
             found = {"verified_length": length, "implementation": answer.get("implementation")}
             reason: str | None = f"could not be verified: {answer.get('reason')}"
             if backend in results:
@@ -189,12 +226,12 @@ class Session:
                 found |= {"oracle_error": errors.out, "gradient_error": errors.gradient}
                 reason = errors.wrong
             if reason is None:
-                self._verified[key] = found | {"twin_error": twin_error}
+                self.verified[key] = found | {"twin_error": twin_error}
                 self._free[backend] = answer["free_bytes"]
                 self._remember(key, {"ms_median": answer["ms"], **point._asdict(), **answer})
                 continue
             reason = f"refused: {reason}"
-            self._refused.add(key)
+            self.refused[key] = reason
             self._note(f"{backend} {name} {reason}")
             shortest = point._replace(length=min(self.options.bench.lengths))
             self.ledger.add(backend, shortest, found, {"status": "failed", "reason": reason})
@@ -208,10 +245,20 @@ class Session:
             known = self._done.get(self.ledger.identity(backend, point))
             if known is not None:
                 self._remember(key, known)
-            if known is not None or key in self._refused:
+            if known is not None or key in self.refused:
                 self.progress.point(None)
             else:
+                self._renew(key)
                 self._measure(key, backend, point)
+
+    def _renew(self, key: Key) -> None:
+        """Give a curve a process of its own where the peaks of another one would hide its own."""
+        backend = key[0]
+        if OBSERVED in self.options.extras and backend in self._keeps_peak:
+            self._fill(max(self.options.bench.lengths))
+            if self._in_process.get(backend) != key:
+                self.pool.end(backend)
+            self._in_process[backend] = key
 
     def _measure(self, key: Key, backend: str, point: Point) -> None:
         label = f"{backend:<5} {point.curve:<19} {point.length:>9,}"
@@ -223,7 +270,10 @@ class Session:
             message = {"do": "measure", **point._asdict(), "max_bytes": self._max_bytes(backend)}
             answer = self.pool.ask(backend, message)
             self._free[backend] = answer.get("free_bytes", self._free[backend])
-        self.ledger.add(backend, point, self._verified.get(key, {}), answer)
+        bounds = floor.record(self.job, point, self._ceilings.get(self.ledger.device(backend)))
+        self.ledger.add(backend, point, self.verified.get(key, {}), bounds, answer)
+        if answer["status"] == "ok" and answer["ms_median"] < bounds.get("floor_ms", 0.0):
+            self._note(f"doubtful: {label.strip()} is faster than its floor, {bounds['floor_ms']:.3g} ms")
         if answer["status"] == "ok":
             self._remember(key, answer | {"length": point.length})
             self.progress.point(f"{label}  {_summary(answer)}")
@@ -233,7 +283,7 @@ class Session:
         self.progress.point(f"{label}  {answer['status']}: {answer['reason']}")
 
     def _reason_to_skip(self, key: Key, backend: str, point: Point) -> str | None:
-        reason = registry.unsupported(backend, self.job, point)
+        reason = registry.unsupported(backend, self.job, point) or self.unavailable.get(key)
         if reason:
             return reason
         if point.length >= self._no_memory.get(key, point.length + 1):

@@ -118,7 +118,7 @@ def expected(
     arrays |= {name: raw[name].astype(np.float64) for name in ("codebook_q", "codebook_k", "directions")}
     arrays["sample_ids"] = raw["sample_ids"].astype(np.int64)
     has_out, has_gradients = direction != "bwd", direction in ("bwd", "fwd+bwd")
-    is_vq = mechanism not in ("hyper", "exact")
+    is_vq = mechanism.startswith("vq")
     heads = []
     for h in range(job.heads):
         arrays_h = {name: _head(name, x, h) for name, x in arrays.items()}
@@ -151,13 +151,16 @@ def _vq_definition(mechanism: str, job: Job, is_causal: bool, x: dict[str, Any])
 
 
 def _weighted_definition(mechanism: str, job: Job, is_causal: bool, x: dict[str, Any]) -> tuple[Any, Any]:
-    """The same of exact attention and HyperAttention: a softmax with weights."""
+    """The same of exact attention, a window of it and HyperAttention: a softmax with weights."""
     q, k, v = x["q"], x["k"], x["v"]
     if mechanism == "hyper":
         sizes = {"block_size": job.block_size, "min_seq_len": job.min_seq_len}
         weight = oracle.hyper_weight(q, k, x["directions"], x["sample_ids"], is_causal=is_causal, **sizes)
     else:
         weight = oracle.visible(q.shape[1], k.shape[1], is_causal=is_causal)
+    if mechanism == "exact_window":
+        position = np.arange(q.shape[1])[None]
+        weight = weight * vq_oracle.exact_pairs(position, job.block_len, *job.window(mechanism))[:, None]
     return (
         lambda: oracle.softmax_attention(q, k, v, weight, 1.0).out,
         lambda: oracle.softmax_attention_gradients(q, k, v, weight, 1.0, x["d_out"]),

@@ -1,7 +1,7 @@
 """One backend in its own process: reads commands and writes answers, one JSON object a line.
 
-The first line is a setup (see `start`); then `{"do": "prepare" | "fill" | "verify" | "measure", ...}`.
-Every answer has `status`: 'ok', 'skipped' or 'failed' with a `reason`.
+The first line is a setup (see `start`); then `{"do": "ceilings" | "prepare" | "fill" | "verify" | "measure",
+...}`. Every answer has `status`: 'ok', 'skipped' or 'failed' with a `reason`.
 """
 
 import importlib
@@ -9,20 +9,24 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from bench import inputs, measure, registry, verify
+from bench import counting, extras, inputs, measure, registry, verify
 from bench.decode import Decoder
+from bench.floor import Ceilings
 from bench.inputs import Store
 from bench.job import STEP, Job, Point
 from bench.measure import Program
 from bench.prepare import Preparer
 
 Answer = dict[str, Any]
+
+COPY_BYTES = 2**30  # of float32 that are copied on a GPU; a quarter on a CPU
+GPU_MATMUL, CPU_MATMUL = 16_384, 1024  # rows of a square product
 
 
 class Worker:
@@ -31,27 +35,37 @@ class Worker:
     Args:
       backend: an `on_jax.Backend` or `on_torch.Backend`.
       store: where inputs are.
+      asked: what is found beside times, see `extras`.
+      held_out: see `Preparer`.
     """
 
-    def __init__(self, backend: Any, store: Store) -> None:
-        self.backend, self.store, self.job = backend, store, store.job
+    def __init__(self, backend: Any, store: Store, asked: Sequence[str] = (), held_out: int = 0) -> None:
+        self._extras, self._held_out = asked, held_out
+        self.backend = backend
+        self._begin(store)
+
+    def _begin(self, store: Store) -> None:
+        self.store, self.job = store, store.job
         self._arrays: dict[str, Any] = {}
         self._loaded = 0, ""  # the length and direction of the arrays
         self._verified: dict[Point, Program] = {}
-        self._decoder = Decoder(backend)
+        self._decoder = Decoder(self.backend)
         self._quantize_ms: dict[tuple[str, int], float] = {}
         self._prepares: Preparer | None = None
 
     def hello(self) -> Answer:
         """What runs here."""
         backend = self.backend
-        return {"status": "ok", "device": backend.kind, "device_name": backend.device.name(), **self._free()}
+        device = {"device": backend.kind, "device_name": backend.device.name()}
+        return {"status": "ok", "keeps_peak": backend.keeps_peak, **device, **self._free()}
 
     def handle(self, message: dict[str, Any]) -> Answer:
         """Answer one command; an error is an answer too."""
         try:
             command: Callable[..., Answer] = getattr(self, message.pop("do"))
             return command(**message)
+        except registry.UnavailableError as error:
+            return {"status": "skipped", "reason": _first_line(str(error))}
         except Exception as error:
             text = f"{type(error).__name__}: {error}".strip()
             is_memory = measure.is_out_of_memory(error)
@@ -60,10 +74,32 @@ class Worker:
             reason = f"out of memory: {_first_line(text)}" if is_memory else _first_line(text)
             return {"status": "failed", "reason": reason, "is_memory": is_memory}
 
+    def use(self, **setup: Any) -> Answer:
+        """Go on with another job or store, of a setup with the same backend and device."""
+        job = Job.from_json(setup["job"])
+        self.backend.job = job
+        self._begin(Store(setup["folder"], job, setup["length"]))
+        return self.hello()
+
     def prepare(self) -> Answer:
         """Create the inputs and fit the codebooks."""
         self._preparer().create()
         return {"status": "ok"}
+
+    def ceilings(self) -> Answer:
+        """How fast this device copies and multiplies: the best of repeated calls, see `floor.Ceilings`."""
+        backend, is_cpu = self.backend, self.backend.kind == "cpu"
+        size = CPU_MATMUL if is_cpu else GPU_MATMUL
+        rng = np.random.default_rng(0)
+        x = backend.array(np.tile(rng.standard_normal((size, 256), np.float32), size // 256), self.job.dtype)
+        matmul_ms = min(self._compiled_times(backend.matmul, x))
+        n_copied = COPY_BYTES // 4 // (4 if is_cpu else 1)
+        x = backend.array(np.ones(n_copied, np.float32), "float32")
+        copy_ms = min(self._compiled_times(backend.copy, x))
+        del x
+        backend.release()
+        rates = Ceilings(8 * n_copied / (1e6 * copy_ms), 2 * size**3 / (1e9 * matmul_ms))
+        return {"status": "ok", **rates._asdict()}
 
     def fill(self, length: int, filled: int) -> Answer:
         """Prepare tokens up to `length`; `filled` are there, perhaps by a process before this one."""
@@ -107,6 +143,11 @@ class Worker:
         outs = {part: f"{prefix}_{part}" for part in parts}
         return found | {"outs": outs, "ms": ms, **self._free()}
 
+    def count(self, mechanism: str, is_causal: bool, lengths: Sequence[int]) -> Answer:
+        """Operations and bytes of a forward call at each length, from shapes."""
+        found = counting.counts(self.backend.name, mechanism, is_causal, self.job, lengths)
+        return {"status": "ok", **found._asdict()}
+
     def measure(
         self, mechanism: str, is_causal: bool, length: int, max_bytes: int, direction: str = "fwd"
     ) -> Answer:
@@ -129,6 +170,11 @@ class Worker:
         program = self._verified.pop(point, None)
         program = program or self.backend.compile(built.fn, arrays, point.direction)
         answer = self._time(program, arrays, max_bytes)
+        if extras.ERRORS in self._extras and answer["status"] == "ok":
+            answer |= extras.errors(self.backend, point, program, arrays)
+        if self.job.layer is not None and answer["status"] == "ok":
+            answer["out"] = f"whole_{self.backend.name}"
+            self.store.write(answer["out"], self.backend.numpy(program.run(*program.arguments(arrays))))
         del program, arrays
         if answer["status"] == "ok":
             answer["implementation"] = built.implementation
@@ -156,13 +202,17 @@ class Worker:
         if program.peak_bytes is not None and program.peak_bytes > max_bytes:
             reason = f"needs {program.peak_bytes / 2**30:.1f} GiB, {max_bytes / 2**30:.1f} GiB may be used"
             return {"status": "skipped", "reason": reason}
-        times, peak = self.backend.times(program, arrays)
+        is_observed = extras.OBSERVED in self._extras
+        observed = self.backend.observed_bytes(program, arrays) if is_observed else None
+        timed = self.backend.times(program, arrays)
         return {
             "status": "ok",
-            "timing": self.backend.timing,
-            **measure.spread(times)._asdict(),
+            "observed_bytes": observed,
+            "timing": timed.timing,
+            **measure.spread(timed.times_ms)._asdict(),
             "compile_s": program.compile_s,
-            "peak_bytes": peak,
+            "peak_bytes": timed.peak_bytes,
+            "dispatch_ms": timed.dispatch_ms,
             "temp_bytes": program.temp_bytes,
         }
 
@@ -180,10 +230,12 @@ class Worker:
 
     def _codes_ms(self, name: str, codebook: str) -> float:
         arrays = self._arrays[name], self._arrays[codebook]
-        program = Program(self.backend.nearest_codes)
-        self.backend.device.synchronize(program.run(*arrays))
-        times, _ = self.backend.times(program, arrays)
-        return measure.spread(times).ms_median
+        return measure.spread(self._compiled_times(self.backend.nearest_codes, *arrays)).ms_median
+
+    def _compiled_times(self, fn: Callable[..., Any], *arrays: Any) -> list[float]:
+        """Milliseconds of repeated calls, after one that compiles."""
+        self.backend.device.synchronize(fn(*arrays))
+        return self.backend.times(Program(fn), arrays).times_ms
 
     def _point_arrays(self, point: Point) -> tuple[Any, ...]:
         """The arguments of a mechanism, on the device while points of this length go on."""
@@ -205,7 +257,7 @@ class Worker:
 
     def _preparer(self) -> Preparer:
         if self._prepares is None:
-            self._prepares = Preparer(self.store, self.backend)
+            self._prepares = Preparer(self.store, self.backend, self._held_out)
         return self._prepares
 
     def _array(self, name: str, raw: np.ndarray[Any, Any], job: Job, direction: str = "fwd") -> Any:
@@ -233,7 +285,7 @@ def _first_line(text: str) -> str:
 
 
 def start(setup: dict[str, Any]) -> Worker:
-    """The worker of a setup: `backend`, `device`, `folder`, `length`, `job`.
+    """The worker of a setup: `backend`, `device`, `folder`, `length`, `job`, `extras`, `held_out`.
 
     Raises:
       ValueError: the backend has no such device.
@@ -241,7 +293,7 @@ def start(setup: dict[str, Any]) -> Worker:
     job = Job.from_json(setup["job"])
     store = Store(setup["folder"], job, setup["length"])
     backend = importlib.import_module(f"bench.on_{setup['backend']}").Backend(setup["device"], job)
-    return Worker(backend, store)
+    return Worker(backend, store, setup.get("extras", ()), setup.get("held_out", 0))
 
 
 def main() -> None:

@@ -243,7 +243,7 @@ PACKAGES = (*BACKENDS, "vq_common", "bench")
 SOURCES = [f"{package}/{file}" for package in PACKAGES for file in files_of(package)]
 # The command line.
 TALKS = {f"bench/{name}.py" for name in ("__main__", "arguments", "progress", "runner", "worker")}
-TALKS |= {"bench/suites/compare.py", "bench/suites/report.py"}
+TALKS |= {f"bench/suites/{name}.py" for name in ("compare", "parity", "report")}
 
 
 @pytest.mark.parametrize("file", SOURCES)

@@ -3,8 +3,8 @@
 import argparse
 
 from bench import runner, session
-from bench.arguments import OUT, add_common, session_options
-from bench.job import DIRECTIONS, is_windowed
+from bench.arguments import OUT, add_common, add_forms, forms, session_options
+from bench.job import DIRECTIONS, is_exact, is_windowed
 from bench.registry import MECHANISMS, default_mechanisms
 
 HELP = "time against sequence length"
@@ -24,14 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is timed: a forward call, the backward pass alone (the pullback of a random cotangent to "
         "q, k and v, on what an untimed forward pass saved), or both in one call; default: fwd",
     )
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--causal", action="store_true", help="only causal attention; default: both forms")
-    form.add_argument("--full", action="store_true", help="only attention that is not causal")
-    every = ", ".join(name for name in MECHANISMS if not is_windowed(name))
-    windowed = ", ".join(name for name in MECHANISMS if is_windowed(name))
+    add_forms(parser)
+    named = [name for name in MECHANISMS if is_exact(name) and name != "exact"]
+    windowed = [name for name in MECHANISMS if is_windowed(name)]
+    every = [name for name in MECHANISMS if name not in (*named, *windowed)]
     add_common(
         parser,
-        f"repeatable; default: {every}; with --mem-len or --n-sink also {windowed}, which are causal only",
+        f"repeatable; default: {', '.join(every)}; with --mem-len or --n-sink also {', '.join(windowed)}, "
+        f"which are causal only; 'exact' takes the best kernel that runs, {', '.join(named)} that one",
         f"{OUT / 'scaling'}, with the direction after it unless that is fwd",
     )
 
@@ -42,7 +42,7 @@ def options(arguments: argparse.Namespace) -> session.Options:
     direction = arguments.direction
     return session.Options(
         mechanisms=tuple(dict.fromkeys(arguments.mechanism or default_mechanisms(common["job"]))),
-        causal=(True,) if arguments.causal else (False,) if arguments.full else (False, True),
+        causal=forms(arguments),
         out=arguments.out or OUT / (f"scaling_{direction}" if direction != "fwd" else "scaling"),
         direction=direction,
         **common,

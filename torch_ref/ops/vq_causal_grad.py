@@ -106,14 +106,9 @@ def causal_gradients(
 
         if sinks is not None:
             block = start // form.part_len
-            index = (
-                rows.d_out.new_zeros((batch, 1, 1), dtype=torch.int32)
-                if near.sink_index is None
-                else near.sink_index
-            )
             news = (
                 *(torch.movedim(x[:, :, :, : form.n_sink], 1, 3) for x in (of_near.k_local, of_near.v)),
-                index,
+                near.sink_index,
             )
             sinks = Sinks(*(write_chunk(old, new, block) for old, new in zip(sinks, news, strict=True)))
         own, tail = own_gradients(of_near, of_far, tail, form, size)

@@ -1,0 +1,62 @@
+"""What a suite may ask of a worker beside time: how far quantization is off."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench import registry, verify
+from bench.job import Point
+from bench.measure import Program
+from vq_common import oracle
+from vq_common.tolerances import relative_rms
+
+ERRORS = "errors"  # quantize_error_q, quantize_error_k and exact_error
+OBSERVED = "observed"  # observed_bytes
+MAX_ROWS = 256  # queries that are compared with exact attention
+MAX_SCORES = 2**22  # of one head, in float64
+
+Array = NDArray[np.float64]
+
+
+def errors(backend: Any, point: Point, program: Program, arrays: tuple[Any, ...]) -> dict[str, float | None]:
+    """Relative RMS errors of what was timed in a forward call.
+
+    Args:
+      backend: an `on_jax.Backend` or `on_torch.Backend`.
+      program: of `arrays`, which are those of the mechanism.
+    """
+    mechanism = registry.MECHANISMS[point.mechanism]
+    named = dict(zip(mechanism.arrays, arrays, strict=True))
+    found: dict[str, float | None] = {"quantize_error_q": None, "quantize_error_k": None}
+    for name, codebook in mechanism.quantized:
+        codes = backend.numpy(backend.nearest_codes(named[name], named[codebook])).astype(np.int64)
+        quantized = backend.numpy(named[codebook])[np.arange(codes.shape[2]), codes]
+        found[f"quantize_error_{name}"] = relative_rms(quantized, backend.numpy(named[name]))
+    rows = _rows(point.length)
+    out = backend.numpy(program.run(*program.arguments(arrays)))[:, rows]
+    q, k, v = (backend.numpy(named[name]) for name in registry.DIFFERENTIABLE)
+    exact = exact_rows(q, k, v, rows, point.is_causal)
+    return found | {"exact_error": verify.error(out, exact)}
+
+
+def _rows(length: int) -> NDArray[np.int64]:
+    """Queries, evenly spread, the last one included."""
+    n_row = max(min(MAX_ROWS, MAX_SCORES // length, length), 1)
+    return np.linspace(length - 1, 0, n_row).astype(np.int64)[::-1]
+
+
+def exact_rows(q: Array, k: Array, v: Array, rows: NDArray[np.int64], is_causal: bool) -> Array:
+    """Exact attention `[B, R, H, V]` of the queries at `rows` of `q [B, T, H, D]`, head by head."""
+    length = k.shape[1]
+    weight = np.arange(length) <= rows[:, None] if is_causal else np.ones((len(rows), length), bool)
+    heads = (slice(h, h + 1) for h in range(q.shape[2]))
+    return np.concatenate(
+        [
+            oracle.softmax_attention(
+                q[:, rows, head], k[:, :, head], v[:, :, head], weight[None, None].astype(float), 1.0
+            ).out
+            for head in heads
+        ],
+        axis=2,
+    )
