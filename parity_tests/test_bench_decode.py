@@ -39,10 +39,11 @@ def cache_bytes(job: Job, length: int) -> int:
 
 
 @pytest.mark.standard_promotion  # inside jax.nn.dot_product_attention
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backend, dtype", [("jax", "float32"), ("torch", "float32"), ("torch", "bfloat16")])
 def test_every_stream_is_verified_timed_and_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, dtype: str
 ) -> None:
+    pytest.importorskip(backend)
     monkeypatch.setattr(decode, "FEED_LEN", 32)
     job = small_job(dtype=dtype, batch=2, input="random")
     assert runner.run(decoding(tmp_path, backends=(backend,), job=job), InProcess) == 0

@@ -15,6 +15,7 @@ from vq_common import BenchConfig
 
 DIRECTIONS = ("bwd", "fwd+bwd")
 SHORT = BenchConfig(lengths=(64, 96), max_point_s=1e6, max_run_s=1e6, n_repeat=1)
+ONE_LENGTH = BenchConfig(lengths=(64,), max_point_s=1e6, max_run_s=1e6, n_repeat=1)
 
 
 @pytest.fixture(params=registry.BACKENDS)
@@ -31,14 +32,14 @@ def test_gradients_of_every_mechanism_meet_the_oracle(tmp_path: Path, backend: s
         tmp_path,
         backends=(backend,),
         job=small_job(batch=2, input="random"),
-        bench=SHORT,
+        bench=ONE_LENGTH,
         mechanisms=registry.default_mechanisms(small_job(mem_len=1)),
         causal=(False, True),
         direction=direction,
     )
     assert runner.run(asked, InProcess) == 0
     found = of(tmp_path, status="ok")
-    assert len(found) == 2 * 11
+    assert len(found) == 11
     assert {r["direction"] for r in found} == {direction}
     limit = verify.limit("float32", "gradients")
     assert all(0 < r["gradient_error"] <= limit for r in found)
@@ -50,7 +51,7 @@ def test_gradients_of_every_mechanism_meet_the_oracle(tmp_path: Path, backend: s
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_gradients_in_other_dtypes(tmp_path: Path, direction: str, dtype: str) -> None:
     pytest.importorskip("torch")
-    asked = options(tmp_path, job=small_job(dtype=dtype), bench=SHORT, direction=direction)
+    asked = options(tmp_path, job=small_job(dtype=dtype), bench=ONE_LENGTH, direction=direction)
     assert runner.run(asked, InProcess) == 0
     assert all(r["gradient_error"] <= verify.limit(dtype, "gradients") for r in of(tmp_path))
 
@@ -61,8 +62,7 @@ def detached(x: Any) -> Any:
     return jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x.detach()
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("direction, which", [("fwd+bwd", 0), ("fwd+bwd", 1), ("fwd+bwd", 2), ("bwd", 0)])
 def test_a_wrong_gradient_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, direction: str, which: int
 ) -> None:
@@ -79,13 +79,13 @@ def test_a_wrong_gradient_is_refused(
         return registry.Built(wrong, "planted")
 
     monkeypatch.setitem(registry.MECHANISMS, "vq_qk", right._replace(build=build))
-    asked = options(tmp_path, backends=(backend,), bench=SHORT, direction=direction)
+    asked = options(tmp_path, backends=(backend,), bench=ONE_LENGTH, direction=direction)
     assert runner.run(asked, InProcess) == 1
     (refused,) = of(tmp_path, mechanism="vq_qk")
     name = ("d_q", "d_k", "d_v")[which]
     assert refused["reason"] == f"refused: relative RMS error 1.0e-03 of {name} to the oracle, limit 2e-05"
     assert refused["gradient_error"] == pytest.approx(1e-3, rel=0.05)
-    assert len(of(tmp_path, mechanism="exact", status="ok")) == 2
+    assert len(of(tmp_path, mechanism="exact", status="ok")) == 1
 
 
 def test_directions_are_different_points_of_one_file(tmp_path: Path) -> None:

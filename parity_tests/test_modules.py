@@ -39,7 +39,6 @@ CONF = Path(__file__).parents[1] / "conf.yml"
 FORWARD = (
     *((name, "float64") for name in CASES if name != "full"),
     ("full_padded", "float32"),
-    ("causal", "float32"),
     ("full", "bfloat16"),
     ("causal_padded", "bfloat16"),
 )

@@ -12,7 +12,7 @@ from bench.inputs import sample_sizes
 from bench.job import Job
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536)
-SHORT = (2048, 4096, 8192)  # torch traces every step of a backward pass, one by one
+SHORT = (1024, 2048, 4096)  # torch traces every step of a backward pass, one by one
 DIRECTIONS = ("fwd", "fwd+bwd")
 CURVES = [(name, is_causal) for name in ("vq_qk", "vq_k", "hyper") for is_causal in (False, True)]
 WINDOWED = [("vq_qk_window", True), ("vq_k_window", True)]
