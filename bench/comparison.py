@@ -142,7 +142,7 @@ def _summary(pairs: Sequence[Pair]) -> str:
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(sorted(verdicts)))
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
     return (
-        f"{len(pairs)} measurements in both: {counts}. Geometric mean of the ratios of time: {mean:.3f}. "
+        f"{len(verdicts)} measurements in both: {counts}. Geometric mean of the ratios of time: {mean:.3f}. "
         f"Faster and slower: 20th to 80th percentiles do not overlap."
     )
 

@@ -28,16 +28,23 @@ from vq_common.tolerances import relative_rms
 
 # Every case runs in float64; rounding is tested in one or more of every form.
 ROUNDED = (
-    *("small_full", "padded_causal", "odd_1000_causal", "prime_1021_full", "cross_padded"),
-    *(
-        "keys_only_causal",
-        "keys_only_padded_full",
-        "window_7_13_sinks",
-        "window_keys_only",
-        "window_bias_local",
-    ),
-    *("sinks", "segments_full", "segments_everything", "one_token_everything", "grouped_full"),
-    *("one_key_head_causal", "grouped_window_segments"),
+    "small_full",
+    "padded_causal",
+    "odd_1000_causal",
+    "prime_1021_full",
+    "cross_padded",
+    "keys_only_causal",
+    "keys_only_padded_full",
+    "window_7_13_sinks",
+    "window_keys_only",
+    "window_bias_local",
+    "sinks",
+    "segments_full",
+    "segments_everything",
+    "one_token_everything",
+    "grouped_full",
+    "one_key_head_causal",
+    "grouped_window_segments",
 )
 
 
