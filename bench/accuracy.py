@@ -10,21 +10,31 @@ Array = NDArray[np.float64]
 CHUNK_BYTES = 2**26  # of the scores held at once
 
 
-def exact_attention(q: Array, k: Array, v: Array, *, is_causal: bool) -> Array:
-    """`softmax(q k^T + mask) v`, `[B, T, H, V]` in float64, dense and by pieces of queries."""
+def exact_attention(
+    q: Array, k: Array, v: Array, *, is_causal: bool, rows: NDArray[np.int64] | None = None
+) -> Array:
+    """`softmax(q k^T + mask) v` in float64, by pieces of queries; matrix products where the oracle has none.
+
+    Args:
+      rows: ascending positions of the queries that are wanted; None for all T.
+
+    Returns:
+      `[B, R, H, V]`.
+    """
     n_batch, length, n_head, _ = q.shape
-    out = np.empty((n_batch, length, n_head, v.shape[3]))
+    rows = np.arange(length) if rows is None else rows
+    out = np.empty((n_batch, len(rows), n_head, v.shape[3]))
     piece = max(CHUNK_BYTES // (8 * length), 1)
     for b in range(n_batch):
         for h in range(n_head):
-            for start in range(0, length, piece):
-                stop = min(start + piece, length)
-                n_key = stop if is_causal else length
-                score = q[b, start:stop, h] @ k[b, :n_key, h].T
+            for start in range(0, len(rows), piece):
+                of_piece = rows[start : start + piece]
+                n_key = of_piece[-1] + 1 if is_causal else length
+                score = q[b, of_piece, h] @ k[b, :n_key, h].T
                 if is_causal:
-                    score[np.arange(n_key) > np.arange(start, stop)[:, None]] = -np.inf
+                    score[np.arange(n_key) > of_piece[:, None]] = -np.inf
                 p = np.exp(score - score.max(-1, keepdims=True))
-                out[b, start:stop, h] = (p @ v[b, :n_key, h]) / p.sum(-1, keepdims=True)
+                out[b, start : start + piece, h] = (p @ v[b, :n_key, h]) / p.sum(-1, keepdims=True)
     return out
 
 

@@ -5,10 +5,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import page
+from bench.markdown import bullets, table
 from bench.plot import COLORS
 from bench.records import Record
 from bench.registry import MECHANISMS
-from bench.report import provenance
+from bench.report import provenance_list
 
 MARKERS = "osD^vP*X"
 INTRODUCTION = """\
@@ -24,34 +26,20 @@ own definition before it was timed."""
 def write(out: Path, found: Sequence[Record], about: Iterable[str], notes: Sequence[str]) -> list[str]:
     """Write accuracy.md and accuracy.png into `out`; lines that say what was written."""
     measured = [record for record in found if record["status"] == "ok"]
-    lines = [f"tables: {out / 'accuracy.md'}", f"records: {out / 'records.jsonl'}"]
-    try:
-        plot(out / "accuracy.png", measured)
-        image = "![error against time](accuracy.png)"
-        lines.insert(0, f"plot: {out / 'accuracy.png'}")
-    except ImportError:
-        image = "No plot: matplotlib is not installed."
-        lines.insert(0, "no plot: matplotlib is not installed (pip install matplotlib)")
+    image, line = page.image(out / "accuracy.png", "error against time", lambda path: plot(path, measured))
     windows = sorted({r["mem_len"] for r in found if r["mem_len"]})
-    page = [
+    sections = [
         "# Accuracy of attention mechanisms on captured layers",
-        "\n".join(f"- {line}" for line in (*about, *notes)),
-        "\n".join(
-            f"- {key}: {', '.join(map(str, values))}"
-            for key, values in provenance(found).items()
-            if key in ("device_name", "dtype", "block_len", "timing", "commit", "versions")
-        ),
+        bullets((*about, *notes)),
+        provenance_list(found, ("device_name", "dtype", "block_len", "timing", "commit", "versions")),
         INTRODUCTION.format(mem_len=" or ".join(map(str, windows)) or "M"),
         image,
     ]
     for (layer, length, backend), records in groups(measured):
         form = "causal" if records[0]["is_causal"] else "not causal"
-        page += [f"## {layer}, {length:,} tokens, {form}, {backend}", _table(records)]
-    missing = [record for record in found if record["status"] != "ok"]
-    if missing:
-        page += ["## Not measured", "\n".join(f"- {_where(r)}: {r['reason']}" for r in missing)]
-    (out / "accuracy.md").write_text("\n\n".join(section for section in page if section) + "\n", "utf-8")
-    return lines
+        sections += [f"## {layer}, {length:,} tokens, {form}, {backend}", _table(records)]
+    page.write(out / "accuracy.md", [*sections, page.not_measured(found, _where)])
+    return [line, f"tables: {out / 'accuracy.md'}", f"records: {out / 'records.jsonl'}"]
 
 
 def groups(found: Iterable[Record]) -> list[tuple[tuple[str, int, str], list[Record]]]:
@@ -104,8 +92,7 @@ def _table(records: Sequence[Record]) -> str:
                 *(_figure(record[f"quantize_error_{name}"]) for name in ("q", "k")),
             ]
         )
-    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table(head, rows, n_name=2)
 
 
 def _figure(value: float | None) -> str:

@@ -1,16 +1,15 @@
 """The report of the suite 'codebook': time, memory and error against the number of codes."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import fit, plot
+from bench import fit, page, plot
 from bench.extras import MAX_ROWS
-from bench.markdown import mebibytes, milliseconds, table
+from bench.markdown import bullets, mebibytes, milliseconds, table
 from bench.records import Record
-from bench.registry import MECHANISMS
-from bench.report import VERIFIED, provenance
+from bench.registry import MECHANISMS, position
+from bench.report import VERIFIED, provenance, provenance_list
 
 TEXT = (
     "One forward call at a fixed length, the median of repeats, quantization included; the time to find the "
@@ -29,46 +28,37 @@ NAME = ("backend", "mechanism", "is_causal", "length", "codes_k")
 def write(out: Path, found: Sequence[Record], notes: Sequence[str]) -> list[str]:
     """Write codebook.md, codebook.png and summary.json into `out`; lines that say so, and the verdict."""
     verdict = fit.verdict(found, has_exponents=False)
-    lines = []
-    try:
-        _plot(out / "codebook.png", found)
-        image = "![time and error against the number of codes](codebook.png)"
-        lines.append(f"plot: {out / 'codebook.png'}")
-    except ImportError:
-        image = "No plot: matplotlib is not installed."
-        lines.append("no plot: matplotlib is not installed (pip install matplotlib)")
-    page = "\n\n".join(filter(None, [*_head(found, notes, verdict), image, *_tables(found), _missing(found)]))
-    (out / "codebook.md").write_text(page + "\n", encoding="utf-8")
+    about = "time and error against the number of codes"
+    image, line = page.image(out / "codebook.png", about, lambda path: _plot(path, found))
+    missing = page.not_measured(found, _where)
+    page.write(out / "codebook.md", [*_head(found, notes, verdict), image, *_tables(found), missing])
     summary = {
         "provenance": provenance(found),
         "points": [{key: r[key] for key in (*NAME, *FIGURES)} for r in _measured(found)],
-        "not_measured": [{key: r[key] for key in (*NAME, "status", "reason")} for r in _failed(found)],
+        "not_measured": [
+            {key: r[key] for key in (*NAME, "status", "reason")} for r in found if r["status"] != "ok"
+        ],
         "verdict": verdict,
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    return [*lines, f"tables: {out / 'codebook.md'}", f"records: {out / 'records.jsonl'}", verdict]
+    page.summarize(out, summary)
+    return [line, f"tables: {out / 'codebook.md'}", f"records: {out / 'records.jsonl'}", verdict]
 
 
 def _head(found: Sequence[Record], notes: Sequence[str], verdict: str) -> Iterator[str]:
     yield "# VQ-attention against the number of codes"
     yield verdict
-    yield "\n".join(f"- {note}" for note in notes)
-    yield "\n".join(f"- {key}: {', '.join(map(str, values))}" for key, values in provenance(found).items())
+    yield bullets(notes)
+    yield provenance_list(found)
     yield "- tokens: " + ", ".join(f"{length:,}" for length in sorted({r["length"] for r in found}))
     yield TEXT
 
 
 def _measured(found: Iterable[Record]) -> list[Record]:
     """What has figures, in the order of the registry, then of codes."""
-    order = list(MECHANISMS)
     return sorted(
         (r for r in found if r["status"] == "ok"),
-        key=lambda r: (r["is_causal"], order.index(r["mechanism"]), r["backend"], r["codes_k"]),
+        key=lambda r: (r["is_causal"], position(r["mechanism"]), r["backend"], r["codes_k"]),
     )
-
-
-def _failed(found: Iterable[Record]) -> list[Record]:
-    return [r for r in found if r["status"] != "ok"]
 
 
 def _tables(found: Sequence[Record]) -> Iterator[str]:
@@ -108,13 +98,9 @@ def _codes(r: Record) -> str:
     return f"{r['codes_k']:,}" if MECHANISMS[r["mechanism"]].quantized else ""
 
 
-def _missing(found: Sequence[Record]) -> str:
-    lines = [
-        f"- {r['backend']} {fit.curve_name(r['mechanism'], r['is_causal'])}, {r['status']}"
-        f"{' at ' + _codes(r) + ' codes' if _codes(r) else ''}: {r['reason']}"
-        for r in _failed(found)
-    ]
-    return "\n".join(["## Not measured", "", *lines]) if lines else ""
+def _where(r: Record) -> str:
+    codes = f" at {_codes(r)} codes" if _codes(r) else ""
+    return f"{r['backend']} {fit.curve_name(r['mechanism'], r['is_causal'])}, {r['status']}{codes}"
 
 
 def _plot(path: Path, found: Sequence[Record]) -> None:

@@ -1,10 +1,10 @@
 """One report of any set of result files."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from bench import groups, panels, published, sections
-from bench.groups import Group
+from bench import groups, page, panels, published, sections
 from bench.sources import Source
 
 TITLES = {
@@ -26,27 +26,17 @@ def write(out: Path, found: Sequence[Source]) -> list[str]:
     """Write report.md and a plot for every suite into `out`; lines that say what was written."""
     out.mkdir(parents=True, exist_ok=True)
     by_suite = groups.groups(found)
-    pages = ["# Benchmark report", INTRODUCTION, "## Where the figures are from", sections.provenance(found)]
+    parts = ["# Benchmark report", INTRODUCTION, "## Where the figures are from", sections.provenance(found)]
     lines = []
     for suite in [*(name for name in TITLES if name in by_suite), *(by_suite.keys() - TITLES.keys())]:
-        image, line = _plot(out, suite, by_suite[suite])
+        title, of_suite = TITLES.get(suite, suite), by_suite[suite]
+        image, line = page.image(
+            out / f"{NAME}-{suite}.png", title, partial(panels.write, found=of_suite), f"plot of {suite}"
+        )
         lines.append(line)
-        pages += [f"## {TITLES.get(suite, suite)}", image]
-        for group in by_suite[suite]:
-            pages += [part for part in sections.section(group) if part]
-    beside = published.section(found)
-    pages += [beside] if beside else []
+        parts += [f"## {title}", image]
+        for group in of_suite:
+            parts += sections.section(group)
     path = out / f"{NAME}.md"
-    path.write_text("\n\n".join(pages) + "\n", encoding="utf-8")
+    page.write(path, [*parts, published.section(found)])
     return [*lines, f"report: {path}"]
-
-
-def _plot(out: Path, suite: str, found: Sequence[Group]) -> tuple[str, str]:
-    """The image in Markdown, and a line that says where it is."""
-    path = out / f"{NAME}-{suite}.png"
-    try:
-        panels.write(path, found)
-    except ImportError:
-        text = "matplotlib is not installed"
-        return f"No plot: {text}.", f"no plot of {suite}: {text} (pip install matplotlib)"
-    return f"![{TITLES.get(suite, suite)}]({path.name})", f"plot: {path}"

@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench import registry, verify
+from bench.accuracy import exact_attention
 from bench.job import Point
 from bench.measure import Program
-from vq_common import oracle
 from vq_common.tolerances import relative_rms
 
 ERRORS = "errors"  # quantize_error_q, quantize_error_k and exact_error
@@ -36,7 +36,7 @@ def errors(backend: Any, point: Point, program: Program, arrays: tuple[Any, ...]
     rows = _rows(point.length)
     out = backend.numpy(program.run(*program.arguments(arrays)))[:, rows]
     q, k, v = (backend.numpy(named[name]) for name in registry.DIFFERENTIABLE)
-    exact = exact_rows(q, k, v, rows, point.is_causal)
+    exact = exact_attention(q, k, v, is_causal=point.is_causal, rows=rows)
     return found | {"exact_error": verify.error(out, exact)}
 
 
@@ -44,19 +44,3 @@ def _rows(length: int) -> NDArray[np.int64]:
     """Queries, evenly spread, the last one included."""
     n_row = max(min(MAX_ROWS, MAX_SCORES // length, length), 1)
     return np.linspace(length - 1, 0, n_row).astype(np.int64)[::-1]
-
-
-def exact_rows(q: Array, k: Array, v: Array, rows: NDArray[np.int64], is_causal: bool) -> Array:
-    """Exact attention `[B, R, H, V]` of the queries at `rows` of `q [B, T, H, D]`, head by head."""
-    length = k.shape[1]
-    weight = np.arange(length) <= rows[:, None] if is_causal else np.ones((len(rows), length), bool)
-    heads = (slice(h, h + 1) for h in range(q.shape[2]))
-    return np.concatenate(
-        [
-            oracle.softmax_attention(
-                q[:, rows, head], k[:, :, head], v[:, :, head], weight[None, None].astype(float), 1.0
-            ).out
-            for head in heads
-        ],
-        axis=2,
-    )

@@ -3,14 +3,14 @@
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bench.job import STEP
 from bench.ledger import refusals
 from bench.records import Record
-from bench.registry import BACKENDS, MECHANISMS
+from bench.registry import BACKENDS, position
 from bench.verify import twin_limit
 
 FIT_FROM = 4096  # shorter calls are overhead rather than work
@@ -70,15 +70,14 @@ def curve_name(mechanism: str, is_causal: bool) -> str:
     return f"{mechanism} {'causal' if is_causal else 'full'}"
 
 
-def curves(records: Iterable[Record]) -> dict[Name, dict[int, float]]:
-    """Median milliseconds by length of everything that was measured, in the order of the registry."""
-    found: dict[Name, dict[int, float]] = {}
+def curves(records: Iterable[Record], figure: str = "ms_median") -> dict[Name, dict[int, Any]]:
+    """A figure by length of everything that was measured, in the order of the registry."""
+    found: dict[Name, dict[int, Any]] = {}
     for record in sorted(records, key=lambda r: r["length"]):
         if record["status"] == "ok":
             name = record["backend"], record["mechanism"], record["is_causal"]
-            found.setdefault(name, {})[record["length"]] = record["ms_median"]
-    order = list(MECHANISMS)
-    return dict(sorted(found.items(), key=lambda item: (order.index(item[0][1]), item[0][2], item[0][0])))
+            found.setdefault(name, {})[record["length"]] = record[figure]
+    return dict(sorted(found.items(), key=lambda item: (position(item[0][1]), item[0][2], item[0][0])))
 
 
 def exponent(lengths: Sequence[int], values: Sequence[float]) -> float:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from bench import fit, sources
 from bench.records import Record
-from bench.registry import MECHANISMS
+from bench.registry import MECHANISMS, position
 from bench.sources import Source
 
 SETTING = ("device_name", "dtype", "direction", "input", "batch", "heads", "width", "value_width")
@@ -66,7 +66,7 @@ class Group(NamedTuple):
         """All curves of a form, in the order of the registry."""
         measured = [r for r in self.records if r["status"] == "ok" and r["is_causal"] == is_causal]
         found: dict[tuple[str, str, str], dict[int, Record]] = {}
-        for record in sorted(measured, key=lambda r: (_order(r["mechanism"]), r["backend"], r[self.x_key])):
+        for record in sorted(measured, key=lambda r: (position(r["mechanism"]), r["backend"], r[self.x_key])):
             alike = [r for r in measured if r["mechanism"] == record["mechanism"]]
             name = record["mechanism"], record["backend"], self._variant(record, alike)
             found.setdefault(name, {})[record[self.x_key]] = record
@@ -127,7 +127,3 @@ def groups(found: Iterable[Source]) -> dict[str, list[Group]]:
 def title(mechanism: str) -> str:
     """As the registry names it, or as it is called."""
     return MECHANISMS[mechanism].title if mechanism in MECHANISMS else mechanism
-
-
-def _order(mechanism: str) -> int:
-    return list(MECHANISMS).index(mechanism) if mechanism in MECHANISMS else len(MECHANISMS)

@@ -3,9 +3,14 @@
 from collections.abc import Iterable, Sequence
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table, figures to the right of a first column of names."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+def bullets(lines: Iterable[str]) -> str:
+    """A list."""
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], n_name: int = 1) -> str:
+    """A table, figures to the right of `n_name` columns of names."""
+    lines = [head, [*["---"] * n_name, *["---:"] * (len(head) - n_name)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

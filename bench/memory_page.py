@@ -1,15 +1,14 @@
 """The report of the suite 'memory': peaks against length, as compiled and as observed."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import fit, plot
-from bench.markdown import mebibytes, table
+from bench import fit, page, plot
+from bench.markdown import bullets, mebibytes, table
 from bench.records import Record
 from bench.registry import MECHANISMS
-from bench.report import CALLS, VERIFIED, provenance
+from bench.report import CALLS, VERIFIED, provenance, provenance_list
 
 TITLES = {
     "peak_bytes": "Peak, MiB: inputs, output and temporaries, as the compiler reserves them (jax), as the "
@@ -34,14 +33,8 @@ class Growth(NamedTuple):
 
 def curves(found: Iterable[Record], figure: str, direction: str) -> dict[fit.Name, dict[int, int]]:
     """Bytes by length of every curve, where there are any."""
-    curves: dict[fit.Name, dict[int, int]] = {}
-    order = list(MECHANISMS)
-    found = [r for r in found if r["status"] == "ok" and r["direction"] == direction and r[figure]]
-    for r in sorted(
-        found, key=lambda r: (r["is_causal"], order.index(r["mechanism"]), r["backend"], r["length"])
-    ):
-        curves.setdefault((r["backend"], r["mechanism"], r["is_causal"]), {})[r["length"]] = r[figure]
-    return curves
+    of_direction = (r for r in found if r["direction"] == direction and r[figure])
+    return fit.curves(of_direction, figure)
 
 
 def growths(found: Sequence[Record]) -> list[Growth]:
@@ -58,23 +51,16 @@ def write(out: Path, found: Sequence[Record], notes: Sequence[str]) -> list[str]
     """Write memory.md, memory.png and summary.json into `out`; lines that say so, and the verdict."""
     verdicts = [f"{direction}: {_verdict(found, direction)}" for direction in _directions(found)]
     verdict = "; ".join(verdicts) or fit.verdict(found)
-    lines = []
-    try:
-        _plot(out / "memory.png", found)
-        image = "![memory against length](memory.png)"
-        lines.append(f"plot: {out / 'memory.png'}")
-    except ImportError:
-        image = "No plot: matplotlib is not installed."
-        lines.append("no plot: matplotlib is not installed (pip install matplotlib)")
-    page = "\n\n".join(filter(None, [*_head(found, notes, verdict), image, *_tables(found), _missing(found)]))
-    (out / "memory.md").write_text(page + "\n", encoding="utf-8")
+    image, line = page.image(out / "memory.png", "memory against length", lambda path: _plot(path, found))
+    missing = page.not_measured(found, _where)
+    page.write(out / "memory.md", [*_head(found, notes, verdict), image, *_tables(found), missing])
     summary = {
         "provenance": provenance(found),
         "growth": [item._asdict() for item in growths(found)],
         "verdict": verdict,
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    return [*lines, f"tables: {out / 'memory.md'}", f"records: {out / 'records.jsonl'}", verdict]
+    page.summarize(out, summary)
+    return [line, f"tables: {out / 'memory.md'}", f"records: {out / 'records.jsonl'}", verdict]
 
 
 def _directions(found: Iterable[Record]) -> list[str]:
@@ -88,8 +74,8 @@ def _verdict(found: Sequence[Record], direction: str) -> str:
 def _head(found: Sequence[Record], notes: Sequence[str], verdict: str) -> Iterator[str]:
     yield "# Memory of attention mechanisms against sequence length"
     yield verdict
-    yield "\n".join(f"- {note}" for note in notes)
-    yield "\n".join(f"- {key}: {', '.join(map(str, values))}" for key, values in provenance(found).items())
+    yield bullets(notes)
+    yield provenance_list(found)
     yield f"Most bytes in use at once in one call. {VERIFIED}"
 
 
@@ -123,14 +109,9 @@ def _table(of_name: dict[fit.Name, dict[int, int]], slopes: Sequence[Growth | No
     return table(["tokens", *(f"{mechanism} {backend}" for backend, mechanism, _ in of_name)], rows)
 
 
-def _missing(found: Sequence[Record]) -> str:
-    lines = [
-        f"- {r['backend']} {fit.curve_name(r['mechanism'], r['is_causal'])} {r['direction']}, {r['status']} "
-        f"at {r['length']:,}: {r['reason']}"
-        for r in found
-        if r["status"] != "ok"
-    ]
-    return "\n".join(["## Not measured", "", *lines]) if lines else ""
+def _where(r: Record) -> str:
+    curve = fit.curve_name(r["mechanism"], r["is_causal"])
+    return f"{r['backend']} {curve} {r['direction']}, {r['status']} at {r['length']:,}"
 
 
 def _plot(path: Path, found: Sequence[Record]) -> None:

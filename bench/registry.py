@@ -269,6 +269,11 @@ def default_mechanisms(job: Job) -> tuple[str, ...]:
     return tuple(name for name in OWN_KERNEL if job.has_exact_part or not is_windowed(name))
 
 
+def position(mechanism: str) -> int:
+    """Where a mechanism stands among all; those of older results, which are no more, are last."""
+    return list(MECHANISMS).index(mechanism) if mechanism in MECHANISMS else len(MECHANISMS)
+
+
 def build(mechanism: str, backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
     """The callable of a mechanism in a backend for these arrays (or their shapes)."""
     return MECHANISMS[mechanism].build(backend, job, is_causal, arrays)

@@ -1,14 +1,13 @@
 """What a run found, for people: a Markdown page, a plot, a summary in JSON."""
 
 import itertools
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import fit, plot
+from bench import fit, page, plot
 from bench.fit import Name
-from bench.markdown import milliseconds, table
+from bench.markdown import bullets, milliseconds, ratio, table
 from bench.records import Record
 from bench.registry import MECHANISMS
 
@@ -51,20 +50,11 @@ WORDING = {
 
 def write(out: Path, found: Sequence[Record], notes: Sequence[str] = (), suite: str = "scaling") -> list[str]:
     """Write the suite's .md and .png and summary.json into `out`; lines that say what was written."""
-    measured = fit.curves(found)
-    lines = []
-    try:
-        plot.write(out / f"{suite}.png", found)
-        image = f"![{WORDING[suite].image}]({suite}.png)"
-        lines.append(f"plot: {out / f'{suite}.png'}")
-    except ImportError:
-        image = "No plot: matplotlib is not installed."
-        lines.append("no plot: matplotlib is not installed (pip install matplotlib)")
-    page = "\n\n".join(section for section in _sections(found, measured, image, notes, suite) if section)
-    (out / f"{suite}.md").write_text(page + "\n", encoding="utf-8")
-    (out / "summary.json").write_text(json.dumps(summary(found), indent=1) + "\n", encoding="utf-8")
+    image, line = page.image(out / f"{suite}.png", WORDING[suite].image, lambda path: plot.write(path, found))
+    page.write(out / f"{suite}.md", _sections(found, fit.curves(found), image, notes, suite))
+    page.summarize(out, summary(found))
     return [
-        *lines,
+        line,
         *memory_lines(found),
         f"tables: {out / f'{suite}.md'}",
         f"records: {out / 'records.jsonl'}",
@@ -101,6 +91,12 @@ def provenance(found: Iterable[Record]) -> dict[str, list[Any]]:
     return values | {"implementations": sorted(kernels)}
 
 
+def provenance_list(found: Iterable[Record], keys: Collection[str] | None = None) -> str:
+    """`provenance` in Markdown, of `keys` or whole."""
+    values = provenance(found)
+    return bullets(f"{key}: {', '.join(map(str, values[key]))}" for key in values if not keys or key in keys)
+
+
 def _sections(
     found: Sequence[Record],
     measured: dict[Name, dict[int, float]],
@@ -112,8 +108,8 @@ def _sections(
     direction = found[0]["direction"] if found else "fwd"
     yield f"# {wording.title}"
     yield fit.verdict(found)
-    yield "\n".join(f"- {note}" for note in notes)
-    yield "\n".join(f"- {key}: {', '.join(map(str, values))}" for key, values in provenance(found).items())
+    yield bullets(notes)
+    yield provenance_list(found)
     yield wording.figures.format(call=CALLS.get(direction, ""))
     yield image
     for is_causal in sorted({name[2] for name in measured}):
@@ -132,7 +128,7 @@ def _sections(
     kept = memory_lines(found)
     if kept:
         yield "## Bytes kept between tokens"
-        yield "\n".join(f"- {line}" for line in kept)
+        yield bullets(kept)
     yield not_measured(found)
 
 
@@ -214,7 +210,7 @@ def _curve_table(measured: dict[Name, dict[int, float]], names: Sequence[Name]) 
 def _ratio_table(ratios: dict[tuple[Any, ...], float], names: Sequence[Name]) -> str:
     names = [name for name in names if any(key[:3] == name for key in ratios)]
     lengths = sorted({key[3] for key in ratios})
-    rows = [[f"{length:,}", *(_ratio(ratios.get((*name, length))) for name in names)] for length in lengths]
+    rows = [[f"{length:,}", *(ratio(ratios.get((*name, length))) for name in names)] for length in lengths]
     return table(["tokens", *(f"{fit.curve_name(*name[1:])} {name[0]}" for name in names)], rows)
 
 
@@ -234,7 +230,3 @@ def not_measured(found: Sequence[Record]) -> str:
         curve = fit.curve_name(mechanism, is_causal)
         lines.append(f"- {backend} {curve}, {status} at {lengths}: {records[0]['reason']}")
     return "\n".join(lines)
-
-
-def _ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"

@@ -111,14 +111,8 @@ def _run_one(
         progress.line(f"--- {options.title}")
     session = Session(options, pool, ledger, progress, store, begin)
     try:
-        session.start()
-        session.verify()
-        session.measure()
-    except KeyboardInterrupt:
-        progress.line("interrupted: what was measured is kept, --resume goes on")
-        return True
+        return session.run()
     finally:
         notes += session.notes
         pool.close()
         shutil.rmtree(folder, ignore_errors=True)
-    return False

@@ -61,7 +61,7 @@ def plan(options: Options) -> list[tuple[str, Point]]:
 
 
 class Session:
-    """The state of a run: `start`, `verify` and `measure`, in this order."""
+    """The state of a run: `start`, `verify` and `measure`, in this order, or all of it by `run`."""
 
     def __init__(
         self, options: Options, pool: Pool, ledger: Ledger, progress: Progress, store: Store, begin: float
@@ -81,6 +81,21 @@ class Session:
         self._ceilings: dict[str, floor.Ceilings] = {}
         self._keeps_peak: set[str] = set()  # backends whose highest peak lasts as long as their process
         self._in_process: dict[str, Key] = {}
+
+    def run(self) -> bool:
+        """Start, verify and measure; whether Ctrl-C ended it.
+
+        Raises:
+          RunError: a backend has not the device, or there are no inputs.
+        """
+        try:
+            self.start()
+            self.verify()
+            self.measure()
+        except KeyboardInterrupt:
+            self.progress.line("interrupted: what was measured is kept, --resume goes on")
+            return True
+        return False
 
     # --- start -----------------------------------------------------------------------------
 
@@ -107,8 +122,7 @@ class Session:
             )
         self._done = self.ledger.done()
         if OBSERVED in self.options.extras and self._keeps_peak:
-            order = list(registry.MECHANISMS)
-            self.points.sort(key=lambda item: (order.index(item[1].mechanism), item[1][1:]))
+            self.points.sort(key=lambda item: (registry.position(item[1].mechanism), item[1][1:]))
         if self._pending():
             self._find_ceilings()
             self._prepare()

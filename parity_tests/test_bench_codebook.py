@@ -9,6 +9,7 @@ import pytest
 
 from bench import __main__ as command_line
 from bench import codes_page, extras, registry, runner, session
+from bench.accuracy import exact_attention
 from bench.inputs import Store
 from bench.prepare import Preparer
 from bench.suites import codebook
@@ -140,7 +141,9 @@ def test_exact_rows_are_rows_of_exact_attention() -> None:
     for is_causal in (False, True):
         weight = oracle.visible(31, 31, is_causal=is_causal)
         whole = oracle.softmax_attention(q, k, v, weight, 1.0).out
-        np.testing.assert_allclose(extras.exact_rows(q, k, v, rows, is_causal), whole[:, rows], rtol=1e-12)
+        np.testing.assert_allclose(
+            exact_attention(q, k, v, is_causal=is_causal, rows=rows), whole[:, rows], rtol=1e-12
+        )
 
 
 def test_options_of_the_codebook_suite(tmp_path: Path) -> None:

@@ -219,12 +219,6 @@ def _run_task(
         progress.line(task.title)
         current = Session(options, pool, ledger, progress, store, begin)
         try:
-            current.start()
-            current.verify()
-            current.measure()
-        except KeyboardInterrupt:
-            progress.line("interrupted: what was measured is kept, --resume goes on")
-            return True
+            return current.run()
         finally:
             notes += [note for note in current.notes if note not in notes]
-    return False
