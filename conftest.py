@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from bench import host
+
 # jax reads these when it is imported, and so does every subprocess that a test starts.
 STRICT_JAX = {
     "jax_enable_x64": True,
@@ -24,10 +26,6 @@ STRICT_JAX = {
     "jax_numpy_rank_promotion": "raise",
     "jax_default_matmul_precision": "highest",
 }
-
-# The tests compile hundreds of programs that run for milliseconds: unoptimised code compiles ten
-# times faster. The benchmark verifies against the oracle with XLA's own settings.
-FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -67,7 +65,8 @@ def _configure_jax(platform: str) -> None:
     os.environ.update({name.upper(): str(value) for name, value in settings.items()})
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if platform == "cpu":
-        os.environ.setdefault("XLA_FLAGS", FAST_COMPILE)
+        # The benchmark verifies against the oracle with XLA's own settings.
+        os.environ.setdefault("XLA_FLAGS", host.fast_compile_flags())
     if "jax" in sys.modules:  # a pytest plugin came first
         for name, value in settings.items():
             sys.modules["jax"].config.update(name, value)

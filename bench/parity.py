@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import fit, registry, verify
+from bench import fit, host, registry, verify
 from bench.inputs import Store
 from bench.job import Point, is_exact
 from bench.ledger import Ledger
@@ -17,7 +17,6 @@ from bench.progress import Progress
 from bench.session import Options, Session
 
 SLOPE = 0.05  # how far a fitted exponent of operations may be from what it should be, or from its twin's
-FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 HYPER_CAUSAL = 1.25  # T log T, fitted over a short range
 
 Form = tuple[str, bool]  # mechanism, is_causal
@@ -67,7 +66,7 @@ def compare(
         setup = {"device": options.device, "folder": folder, "length": store.length}
         setup |= {"job": options.job.to_json(), "environment": {}}
         if is_fast:
-            flags = [*filter(None, [os.environ.get("XLA_FLAGS")]), FAST_COMPILE]
+            flags = [*filter(None, [os.environ.get("XLA_FLAGS")]), host.fast_compile_flags()]
             setup["environment"] = {"XLA_FLAGS": " ".join(flags)}
         setups = {backend: setup | {"backend": backend} for backend in options.backends}
         begin = time.monotonic()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from bench import __main__ as command_line
-from bench import counting, parity, registry
+from bench import counting, host, parity, registry
 from bench.process import Child
 from bench.suites import parity as suite
 from parity_tests.test_bench import InProcess
@@ -115,6 +115,15 @@ def test_counts_are_the_same_every_time() -> None:
     first, second = (counting.counts("torch", "vq_k", True, asked.job, (64, 128)) for _ in range(2))
     assert first == second
     assert first.flops[1] / first.flops[0] == pytest.approx(2, rel=0.01)
+
+
+@pytest.mark.parametrize("version, has_emitters", [("0.10.2", True), ("0.11.0", False), ("1.0", False)])
+def test_jaxlib_gets_only_flags_it_knows(
+    version: str, has_emitters: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "is_installed", lambda package: True)
+    monkeypatch.setattr(host.importlib.metadata, "version", lambda package: version)
+    assert ("fusion_emitters" in host.fast_compile_flags()) == has_emitters
 
 
 def test_wrong_options(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import jax_vq
 import torch_ref
+from bench.host import fast_compile_flags
 from parity_tests.support import assert_close, assert_gradient_close, to_jax, to_numpy
 from parity_tests.vq_calls import BACKENDS, attend, call, dialect, differentiable, optional, tokens
 from vq_common import vq_oracle
@@ -276,7 +277,9 @@ def test_jax_compiles_one_step_once() -> None:
     assert_close(np.concatenate([to_numpy(x) for x in outs], axis=1), expected, "float64")
 
 
-OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+OPTIMIZED: dict[str, int | bool] = {"xla_backend_optimization_level": 3}
+if "fusion_emitters" in fast_compile_flags():
+    OPTIMIZED["xla_cpu_use_fusion_emitters"] = True
 
 
 @each_backend
