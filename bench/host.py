@@ -43,7 +43,7 @@ def _release(package: str) -> tuple[int, int]:
 def cpu_name() -> str:
     """Model of the processor and number of cores, as 'AMD EPYC, 2 cores'."""
     model = _proc_value("/proc/cpuinfo", "model name") or _sysctl("machdep.cpu.brand_string")
-    return f"{model or platform.processor() or platform.machine()}, {_n_core()} cores"
+    return f"{model or platform.processor() or platform.machine()}, {n_core()} cores"
 
 
 def free_bytes() -> int:
@@ -118,7 +118,8 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-def _n_core() -> int:
+def n_core() -> int:
+    """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,17 +1,20 @@
 """From text (or noise, or what is captured) to q, k, v and codebooks: what one worker does for all."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bench import inputs
+from bench import host, inputs
 from bench.inputs import CHUNK, Store
 from bench.job import Job
 from vq_common import TransformerConfig
 
 N_FIT = 8_192  # vectors that codebooks are fitted on,
 FIT_PER_CODE = 4  # and of a large codebook at least as many for each code
+MAX_THREADS = 8  # that fill a store: each holds some hundred MiB
 
 
 def module_config(job: Job) -> TransformerConfig:
@@ -38,6 +41,7 @@ class Preparer:
     def __init__(self, store: Store, backend: Any, held_out: int = 0) -> None:
         job = store.job
         self.store, self.job, self.backend, self.held_out = store, job, backend, held_out
+        self._projecting = Lock()
         self.text: NDArray[np.uint8] | None = None
         if job.input == "real":
             self.text = inputs.stdlib_text(job.batch * store.length + held_out)
@@ -56,12 +60,17 @@ class Preparer:
     def fill(self, length: int, filled: int) -> int:
         """Write whole chunks of tokens from `filled` until there are `length`; how many there are then."""
         starts = self.store.length * np.arange(self.job.batch)[:, None]
-        while filled < length:
-            stop = min(filled + CHUNK, self.store.length)
-            q, k, v = self._qkv(starts + np.arange(filled, stop))
-            self.store.write_tokens(filled, q=q, k=k, v=v)
-            filled = stop
-        return filled
+        chunks = [(start, min(start + CHUNK, self.store.length)) for start in range(filled, length, CHUNK)]
+
+        def write(chunk: tuple[int, int]) -> int:
+            start, stop = chunk
+            q, k, v = self._qkv(starts + np.arange(start, stop))
+            self.store.write_tokens(start, q=q, k=k, v=v)
+            return stop
+
+        # Most of a chunk is NumPy on one core.
+        with ThreadPoolExecutor(min(MAX_THREADS, max(host.n_core() // 2, 1))) as threads:
+            return max(threads.map(write, chunks), default=filled)
 
     def _qkv(self, positions: NDArray[Any]) -> tuple[NDArray[np.float32], ...]:
         """q, k, v `[B, N, H, .]` of positions `[B, N]` in the text."""
@@ -71,7 +80,8 @@ class Preparer:
         if self.text is None:
             return inputs.random_qkv(self.job, positions)
         x = inputs.embed(self.tables, self.text, positions)
-        qkv: tuple[NDArray[np.float32], ...] = self.project(x)
+        with self._projecting:  # not every device takes calls of several threads
+            qkv: tuple[NDArray[np.float32], ...] = self.project(x)
         return qkv
 
     def _fit_codebooks(self) -> None:

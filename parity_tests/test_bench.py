@@ -731,7 +731,8 @@ def test_inputs_do_not_depend_on_how_they_are_filled(
     monkeypatch.setattr(inputs, "CHUNK", 32)
     monkeypatch.setattr("bench.prepare.CHUNK", 32)
     found = []
-    for stops in ((100,), (10, 40, 100)):
+    for n_core, stops in ((1, (100,)), (16, (10, 40, 100))):
+        monkeypatch.setattr("bench.host.n_core", lambda n_core=n_core: n_core)
         folder = tmp_path / str(len(stops))
         folder.mkdir()
         preparer = Preparer(Store(folder, small_job(batch=2, input=kind), 100), FakeBackend())
