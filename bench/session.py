@@ -242,7 +242,9 @@ class Session:
             if reason is None:
                 self.verified[key] = found | {"twin_error": twin_error}
                 self._free[backend] = answer["free_bytes"]
-                self._remember(key, {"ms_median": answer["ms"], **point._asdict(), **answer})
+                # Behind the host a call on few tokens is the host's time, and says nothing of a long one.
+                ms = answer["ms"] if self.ledger.devices[backend][0] == "cpu" else 0.0
+                self._remember(key, {"ms_median": ms, **point._asdict(), **answer})
                 continue
             reason = f"refused: {reason}"
             self.refused[key] = reason

@@ -245,6 +245,23 @@ def test_what_takes_too_long_is_skipped_with_the_reason(tmp_path: Path, fake: An
     assert skipped["reason"] == f"predicted {6.4 * 64**2 * 1.2:.1f} s a call, max_point_s is 10"
 
 
+def test_on_a_gpu_what_verification_took_does_not_skip_a_point(tmp_path: Path, fake: Any) -> None:
+    class Gpu(fake):  # type: ignore[misc]
+        def __init__(self, setup: dict[str, Any]) -> None:
+            super().__init__(setup)
+            self.answers[0]["device"] = "cuda"
+
+        def _verify(self, *arguments: Any, **named: Any) -> dict[str, Any]:
+            return {**super()._verify(*arguments, **named), "ms": 30.0}
+
+    limits = {"lengths": (4096,), "max_point_s": 0.5, "max_run_s": 1e6}
+    runner.run(options(tmp_path / "gpu", bench=BenchConfig(**limits)), Gpu)
+    assert {r["status"] for r in of(tmp_path / "gpu", mechanism="exact")} == {"ok"}
+    limits["lengths"] = (4096, 8192)
+    runner.run(options(tmp_path / "both", bench=BenchConfig(**limits)), Gpu)
+    assert {r["length"] for r in of(tmp_path / "both", mechanism="exact", status="skipped")} == {8192}
+
+
 def test_no_point_starts_after_the_end_of_the_run(tmp_path: Path, fake: Any) -> None:
     bench = BenchConfig(lengths=LENGTHS, max_run_s=0.0)
     assert runner.run(options(tmp_path, bench=bench), fake) == 0
