@@ -1,11 +1,13 @@
 """Attention over vector-quantized queries and keys in linear time, in JAX (Flax NNX)."""
 
+from jax_vq import kernels as kernels  # adds its kernels to the ops
 from jax_vq.nn.attention import MultiHeadAttention
 from jax_vq.nn.hyper_attention import HyperAttention
 from jax_vq.nn.quantizer import LearnableVQ
 from jax_vq.nn.vq_attention import VQAttention, VQAttentionQK
 from jax_vq.ops.attention import dot_product_attention, merge_attention
 from jax_vq.ops.hyper_attention import hyper_attention, n_sample_sets, sample_set_sizes
+from jax_vq.ops.implementations import why_xla
 from jax_vq.ops.lsh import angular_hash, gray_code, gray_rank
 from jax_vq.ops.quantize import (
     CodebookState,
@@ -52,4 +54,5 @@ __all__ = [
     "take_codes",
     "vq_attention",
     "vq_attention_step",
+    "why_xla",
 ]

@@ -16,10 +16,11 @@ from jax_vq.ops.checks import (
     check_mask,
     check_range,
 )
+from jax_vq.ops.implementations import check_implementation, run, traced
 from jax_vq.ops.numerics import acc_dtype, chunk_len, einsum, is_code, read_chunk, scan_chunks, write_chunk
 
 
-def nearest_codes(x: Any, codebook: Any) -> Array:
+def nearest_codes(x: Any, codebook: Any, *, implementation: str | None = None) -> Array:
     """Index of the nearest code, `argmin_c |x - codebook[c]|^2`, ties to the lowest index.
 
     Computed as `argmax_c (x . codebook[c] - |codebook[c]|^2 / 2)` in float32 (float64 for
@@ -28,20 +29,26 @@ def nearest_codes(x: Any, codebook: Any) -> Array:
     Args:
       x: vectors `[B, T, H, D]`.
       codebook: `[H, C, D]`, of the dtype of x or float32.
+      implementation: as in `vq_attention`.
 
     Returns:
-      int32 codes `[B, T, H]`.
+      int32 codes `[B, T, H]`; which one for a vector with NaN or inf is not said.
 
     Raises:
       ValueError, TypeError: shapes or dtypes that do not fit, a codebook with NaN or inf.
     """
     x = as_floats("x", x, 4)
     codebook = check_codebook("codebook", codebook, x, "x")
-    return _nearest_codes(lax.stop_gradient(x), lax.stop_gradient(codebook))
+    asked = check_implementation(implementation)
+    return traced(_nearest_codes)(lax.stop_gradient(x), lax.stop_gradient(codebook), asked)
 
 
-@jax.jit
-def _nearest_codes(x: Array, codebook: Array) -> Array:
+@partial(jax.jit, static_argnums=2)
+def _nearest_codes(x: Array, codebook: Array, implementation: str | None = None) -> Array:
+    return run(implementation, "nearest_codes", _assign_all, x, codebook)
+
+
+def _assign_all(x: Array, codebook: Array) -> Array:
     batch, length, n_head, width = x.shape
     chunk = chunk_len(x, length, 4 * batch * n_head * (codebook.shape[1] + width))
 

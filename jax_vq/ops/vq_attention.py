@@ -28,12 +28,13 @@ from jax_vq.ops.checks import (
     check_scale,
     check_segments,
 )
+from jax_vq.ops.implementations import check_implementation, run, traced
 from jax_vq.ops.numerics import chunk_len, is_finite_row, read_chunk, scan_chunks, write_chunk
 from jax_vq.ops.quantize import assign
 from jax_vq.ops.vq_blocks import Form, Keys
 from jax_vq.ops.vq_causal import Books, Queries, causal_attention
 from jax_vq.ops.vq_causal_grad import causal_gradients
-from jax_vq.ops.vq_full import Seen, full_attention, full_gradients
+from jax_vq.ops.vq_full import Seen, count_keys, full_attention, full_gradients
 from jax_vq.ops.vq_state import (
     Coded,
     Documents,
@@ -65,6 +66,7 @@ def vq_attention(
     code_bias: Any = None,
     state: VQState | None = None,
     return_state: bool = False,
+    implementation: str | None = None,
 ) -> Any:
     """Softmax attention between nearest codes, `softmax(scale q^ k^T + mask) v`, exact and linear in T.
 
@@ -98,6 +100,8 @@ def vq_attention(
       code_bias: `[H]`, added to every coded score; of the dtype of q or float32.
       state: what earlier calls saw, see `VQState`; None: nothing. Causal only.
       return_state: return the state after these tokens too. Causal only.
+      implementation: 'xla'; 'triton': kernels wherever they can run, interpreted on a CPU; None: the
+        same on a GPU that they are made for, 'xla' elsewhere. `why_xla` tells what runs and why.
 
     Returns:
       `[B, T, H, V]` in the dtype of v; 0 for a query that sees no key. NaN or inf in a query, key
@@ -134,6 +138,7 @@ def vq_attention(
         part_len=min(block_len, q.shape[1]),
         overhang=mem_len,
         has_segments=segment_ids is not None,
+        implementation=check_implementation(implementation),
     )
     if not form.has_exact:
         q_local = k_local = None
@@ -143,7 +148,7 @@ def vq_attention(
     if state is not None:
         check_state(state, k if k_local is None else k_local, v, codebook_k, block_len, mem_len, n_sink)
     arrays = q, k, v, q_local, k_local, code_bias, codebook_q, codebook_k, mask, segment_ids, state
-    out, after = _vq_attention(form, return_state, *arrays)
+    out, after = traced(_vq_attention)(form, return_state, *arrays)
     return (out, after) if return_state else out
 
 
@@ -162,19 +167,25 @@ def vq_attention_step(
     q_local: Any = None,
     k_local: Any = None,
     code_bias: Any = None,
+    implementation: str | None = None,
 ) -> tuple[Array, VQState]:
     """Causal `vq_attention` of the next tokens, usually one: the output and the state after them.
 
     Compiled once for all steps. The memory of `state` is reused: it cannot be read afterwards.
     Arguments, results and errors as in `vq_attention`.
     """
-    options = {"scale": scale, "block_len": block_len, "mem_len": mem_len, "n_sink": n_sink}
+    options: dict[str, Any] = {"scale": scale, "block_len": block_len, "mem_len": mem_len, "n_sink": n_sink}
+    options["implementation"] = implementation
     arrays = {"q_local": q_local, "k_local": k_local, "code_bias": code_bias}
     out: tuple[Array, VQState] = _step(q, k, v, codebook_q, codebook_k, state, **arrays, **options)
     return out
 
 
-@partial(jax.jit, static_argnames=("scale", "block_len", "mem_len", "n_sink"), donate_argnames=("state",))
+@partial(
+    jax.jit,
+    static_argnames=("scale", "block_len", "mem_len", "n_sink", "implementation"),
+    donate_argnames=("state",),
+)
 def _step(
     q: Array, k: Array, v: Array, codebook_q: Array | None, codebook_k: Array, state: VQState, **options: Any
 ) -> Any:
@@ -279,11 +290,15 @@ def _read(
 
 
 def _quantized(
-    q: Array, k: Array, codebook_q: Array | None, codebook_k: Array
+    form: Form, q: Array, k: Array, codebook_q: Array | None, codebook_k: Array
 ) -> tuple[Array | None, Array | None, Array]:
     """q where it stays as it is, else its codes; the codes of k."""
-    codes_k = finite_codes(k, codebook_k)
-    return (q, None, codes_k) if codebook_q is None else (None, finite_codes(q, codebook_q), codes_k)
+
+    def codes(x: Array, codebook: Array) -> Array:
+        return run(form.implementation, "finite_codes", finite_codes, x, codebook)
+
+    codes_k = codes(k, codebook_k)
+    return (q, None, codes_k) if codebook_q is None else (None, codes(q, codebook_q), codes_k)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -304,17 +319,19 @@ def _causal_forward(
     documents: Documents | None,
     state: VQState,
 ) -> tuple[Any, Any]:
-    x = _quantized(q, k, codebook_q, codebook_k)
+    x = _quantized(form, q, k, codebook_q, codebook_k)
     saved = *x, v, q_local, k_local, code_bias, codebook_q, codebook_k, documents
     queries, keys, books = _read(form, *saved)
-    out, lse, coded = causal_attention(queries, keys, books, state, form)
+    arguments = queries, keys, books, state, form
+    out, lse, coded = run(form.implementation, "causal_attention", causal_attention, *arguments)
     return (out, lse, coded, keys.codes), (saved, state, out, lse)
 
 
 def _causal_backward(form: Form, residuals: Any, d_results: Any) -> tuple[Any, ...]:
     saved, state, out, lse = residuals
     queries, keys, books = _read(form, *saved)
-    found = causal_gradients(queries, keys, books, state, form, out, lse, *d_results[:2])
+    arguments = queries, keys, books, state, form, out, lse, *d_results[:2]
+    found = run(form.implementation, "causal_gradients", causal_gradients, *arguments)
     bias = None if found.bias is None else found.bias.astype(saved[6].dtype)
     return *found[:5], bias, None, None, None, None
 
@@ -337,9 +354,11 @@ def _full_forward(
     codebook_k: Array,
     documents: Documents | None,
 ) -> tuple[Array, Any]:
-    x = _quantized(q, k, codebook_q, codebook_k)
+    x = _quantized(form, q, k, codebook_q, codebook_k)
     saved = *x, v, None, None, code_bias, codebook_q, codebook_k, documents
-    out, seen = full_attention(*_read(form, *saved))
+    queries, keys, books = _read(form, *saved)
+    seen = run(form.implementation, "count_keys", count_keys, keys, books)
+    out = full_attention(queries, keys, books, seen)
     return out, (saved, seen, out)
 
 

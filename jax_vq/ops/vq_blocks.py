@@ -30,6 +30,7 @@ class Form(NamedTuple):
     part_len: int = 1  # tokens of a block here
     overhang: int = 0
     has_segments: bool = False  # documents may begin after the first token
+    implementation: str | None = None  # as asked for
 
     @property
     def has_exact(self) -> bool:

@@ -101,9 +101,8 @@ def chunk_for(queries: Queries, keys: Keys, books: Books, length: int) -> int:
     return chunk_len(keys.v, length, 4 * keys.v.shape[0] * query_heads(queries) * token)
 
 
-def full_attention(queries: Queries, keys: Keys, books: Books) -> tuple[Array, Seen]:
-    """Output `[B, T, H, V]` and what all queries saw."""
-    seen = count_keys(keys, books)
+def full_attention(queries: Queries, keys: Keys, books: Books, seen: Seen) -> Array:
+    """Output `[B, T, H, V]` from what all queries see."""
     x = queries.codes if queries.q is None else queries.q
     (batch, length, n_head), n_key_head = x.shape[:3], books.k.shape[0]
     dtype = keys.v.dtype
@@ -127,7 +126,7 @@ def full_attention(queries: Queries, keys: Keys, books: Books) -> tuple[Array, S
         return write_chunk(out, answer, start)
 
     out = jnp.zeros((batch, length, n_head, keys.v.shape[-1]), dtype)
-    return scan_chunks(step, out, length, chunk_for(queries, keys, books, length)), seen
+    return scan_chunks(step, out, length, chunk_for(queries, keys, books, length))
 
 
 def take_rows(rows: Array, codes: Array) -> Array:

@@ -32,7 +32,7 @@ from torch_ref.ops.quantize import assign
 from torch_ref.ops.vq_blocks import Form, Keys
 from torch_ref.ops.vq_causal import Books, Queries, causal_attention
 from torch_ref.ops.vq_causal_grad import causal_gradients
-from torch_ref.ops.vq_full import Seen, full_attention, full_gradients
+from torch_ref.ops.vq_full import Seen, count_keys, full_attention, full_gradients
 from torch_ref.ops.vq_state import (
     Coded,
     Documents,
@@ -343,7 +343,8 @@ class _Full(torch.autograd.Function):
         x = _quantized(q, k, codebook_q, codebook_k)
         rest = v, None, None, code_bias, codebook_q, codebook_k, _documents(arrays[6:])
         queries, keys, books = _read(form, *x, *rest)
-        out, seen = full_attention(queries, keys, books)
+        seen = count_keys(keys, books)
+        out = full_attention(queries, keys, books, seen)
         return out, *seen, keys.codes, queries.codes
 
     @staticmethod

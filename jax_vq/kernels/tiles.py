@@ -1,0 +1,168 @@
+"""What the GPU kernels share: tiles of tokens, products, and where Triton can run.
+
+A program gets every array whole and reads tiles of it, whose sizes are powers of two; what lies outside is
+masked. Sums over tokens per code are products with one-hot codes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+CAPABILITY = "9.0"  # of the devices that tiles are chosen for
+NARROW = 16  # columns of the narrowest product
+
+Rows = tuple[Any, Any]  # a slice of an axis, and which of its entries there are; None: all
+F32 = jnp.float32
+
+
+def why_not_here(asked: str | None) -> str | None:
+    """Why no Triton kernel runs on this process's device; a CPU interprets one that is asked for by name."""
+    platform = jax.default_backend()
+    if platform == "cpu":
+        return None if asked == "triton" else "Triton compiles for a GPU, and this is a CPU"
+    found = getattr(jax.devices()[0], "compute_capability", None)
+    if platform != "gpu" or found != CAPABILITY:
+        return f"the kernels are made for compute capability {CAPABILITY}, and this is {platform} {found}"
+    return None
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run step by step as XLA code, for want of a GPU."""
+    return jax.default_backend() == "cpu"
+
+
+def launch(
+    kernel: Callable[..., None],
+    out_shape: Any,
+    grid: tuple[int, ...],
+    n_warp: int,
+    n_stage: int,
+    aliases: dict[int, int] | None = None,
+) -> Callable[..., Any]:
+    """A kernel as a function of its input arrays: compiled, or interpreted where there is no GPU.
+
+    `aliases` are inputs whose memory, with what is in it, outputs take.
+    """
+    return pl.pallas_call(
+        kernel,
+        out_shape=out_shape,
+        grid=grid,
+        input_output_aliases=aliases or {},
+        compiler_params=plt.CompilerParams(num_warps=n_warp, num_stages=n_stage),
+        interpret=is_interpreted(),
+    )
+
+
+def power_of_two(n: int, low: int = NARROW) -> int:
+    """The least power of two that is at least n and `low`."""
+    return max(1 << (n - 1).bit_length(), low)
+
+
+def tokens(start: Any, size: int, length: int) -> Rows:
+    """The tokens from `start` on."""
+    return pl.ds(start, size), start + jnp.arange(size, dtype=jnp.int32) < length
+
+
+def columns(block: Any, size: int, width: int) -> Rows:
+    """A block of the features of a vector; all of them are there where blocks fit."""
+    fits = width % size == 0
+    return pl.ds(block * size, size), None if fits else tokens(block * size, size, width)[1]
+
+
+def _there(rows: Rows, cols: Rows) -> Array:
+    shape = rows[1].shape[0], cols[0].size
+    there = jnp.broadcast_to(rows[1][:, None], shape)
+    return there if cols[1] is None else there & cols[1][None, :]
+
+
+def read_vectors(ref: Any, batch: Any, rows: Rows, head: Any, cols: Rows) -> Array:
+    """`ref[batch, rows, head, cols]` of `[B, T, H, D]`, 0 outside."""
+    return plt.load(ref.at[batch, rows[0], head, cols[0]], mask=_there(rows, cols), other=0)
+
+
+def write_vectors(ref: Any, batch: Any, rows: Rows, head: Any, cols: Rows, x: Array) -> None:
+    """The inverse of `read_vectors`."""
+    plt.store(ref.at[batch, rows[0], head, cols[0]], x.astype(ref.dtype), mask=_there(rows, cols))
+
+
+def read_numbers(ref: Any, batch: Any, rows: Rows, head: Any, other: Any) -> Array:
+    """`ref[batch, rows, head]` of `[B, T, H]`, `other` outside."""
+    return plt.load(ref.at[batch, rows[0], head], mask=rows[1], other=other)
+
+
+def write_numbers(ref: Any, batch: Any, rows: Rows, head: Any, x: Array) -> None:
+    """The inverse of `read_numbers`."""
+    plt.store(ref.at[batch, rows[0], head], x, mask=rows[1])
+
+
+def read_rows(ref: Any, head: Any, codes: Array, first: int, size: int) -> Array:
+    """`ref[head, codes, first : first + size]` of `[H, Cq, C]`; a code under 0 reads row 0."""
+    shape = codes.shape[0], size
+    rows = jnp.broadcast_to(jnp.maximum(codes, 0)[:, None], shape)
+    return plt.load(ref.at[head, rows, first + lax.broadcasted_iota(jnp.int32, shape, 1)])
+
+
+def dot(x: Array, y: Array) -> Array:
+    """`x @ y` in float32."""
+    return _product(x, y, 1, 0)
+
+
+def dot_t(x: Array, y: Array) -> Array:
+    """`x @ y.T` in float32."""
+    return _product(x, y, 1, 1)
+
+
+def _product(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
+    axes = (((x_axis,), (y_axis,)), ((), ()))
+    return lax.dot_general(x, y, axes, precision=lax.Precision.DEFAULT, preferred_element_type=F32)
+
+
+def one_hot(codes: Array, first: int, size: int, dtype: Any) -> Array:
+    """`[C, T]`: whether a token has a code, of `size` codes from `first` on."""
+    code = first + lax.broadcasted_iota(jnp.int32, (size, codes.shape[0]), 0)
+    return (code == codes[None, :]).astype(dtype)
+
+
+def in_parts(x: Array, dtype: Any) -> Array:
+    """`[N, NARROW]` float32 of equal columns, in a half type: its columns sum to x, 24 bits in three."""
+    column = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    high = x.astype(dtype).astype(F32)
+    middle = (x - high).astype(dtype).astype(F32)
+    low = jnp.where(column == 2, x - high - middle, 0.0)
+    return jnp.where(column == 0, high, jnp.where(column == 1, middle, low)).astype(dtype)
+
+
+def as_columns(x: Array) -> Array:
+    """`[N]` as `[N, NARROW]` of equal columns."""
+    return jnp.broadcast_to(x[:, None], (x.shape[0], NARROW))
+
+
+def split(x: Array, n_part: int) -> list[Array]:
+    """Float32 as bfloat16 arrays that sum to it: three hold all its 24 bits.
+
+    `reduce_precision` and no cast: XLA takes a cast to and fro for nothing.
+    """
+    parts = []
+    for _ in range(n_part):
+        part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        parts.append(part.astype(jnp.bfloat16))
+        x = x - part
+    return parts
+
+
+def lower_triangle(size: int, *, is_strict: bool = False) -> Array:
+    """`[N, N]`: whether key j (axis 1) is not after query i (axis 0); strict: before it."""
+    row = lax.broadcasted_iota(jnp.int32, (size, size), 0)
+    column = lax.broadcasted_iota(jnp.int32, (size, size), 1)
+    return column < row if is_strict else column <= row
+
+
+def loop(n_step: int, step: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """Fold `step(i, carry)` over `range(n_step)`."""
+    return lax.fori_loop(np.int32(0), np.int32(n_step), step, carry)

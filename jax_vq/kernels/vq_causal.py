@@ -1,0 +1,255 @@
+"""Causal attention over codes in one pass over tokens: every segment at once, tile by tile.
+
+With `E[c, s] = exp(A[c, s] - max_s A[c, s])` and the sums `u_s`, `n_s` over the keys before a tile, query i
+of code c has
+
+    l_i = sum_s E[c, s] n_s + sum_{j <= i in tile} E[c, z_k(j)]
+    o_i = (sum_s E[c, s] u_s + sum_{j <= i in tile} E[c, z_k(j)] v_j) / l_i
+
+Weights are relative to the largest score of a query code, not of the keys that a query sees. Where scores
+of one code differ by more than `MAX_RANGE` they could underflow: such a head takes a slower loop, which
+subtracts the right maximum (`math.md` 2). A segment with a NaN or inf takes one that keeps it from the rows
+before.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from jax_vq.kernels import sizes
+from jax_vq.kernels.tiles import (
+    F32,
+    NARROW,
+    as_columns,
+    columns,
+    dot,
+    in_parts,
+    launch,
+    loop,
+    lower_triangle,
+    one_hot,
+    power_of_two,
+    read_numbers,
+    read_rows,
+    read_vectors,
+    tokens,
+    why_not_here,
+    write_numbers,
+    write_vectors,
+)
+from jax_vq.kernels.vq_sums import Sums, before_segments, padded_codes, segment_sums
+from jax_vq.ops.implementations import Kernel, add_kernel
+from jax_vq.ops.vq_blocks import Form, Keys
+from jax_vq.ops.vq_causal import Books, Queries
+from jax_vq.ops.vq_state import Coded, VQState, coded_of
+
+MAX_RANGE = 60.0  # of scores: weights of 1e-26, and products with them, are far from the ends of float32
+MAX_LENGTH = 2**24  # tokens, which float32 counts exactly
+
+
+def why_not(
+    asked: str | None, queries: Queries, keys: Keys, books: Books, state: VQState, form: Form
+) -> str | None:
+    """Why `causal_attention` cannot run, or None."""
+    n_code = books.k.shape[1]
+    if queries.codes is None:
+        return "keys only: the kernel is for quantized queries"
+    if form.has_exact:
+        return "an exact window or sinks: the kernel is for codes alone"
+    if keys.documents is not None or form.is_strict:
+        return "padding, documents or a state to return: the kernel is for one whole sequence"
+    if keys.v.dtype != jnp.bfloat16:
+        return f"values of {keys.v.dtype}: the kernel is for bfloat16"
+    if n_code > sizes.MAX_CODES:
+        return f"{n_code} key codes: the kernel is for at most {sizes.MAX_CODES}"
+    if keys.v.shape[1] > MAX_LENGTH:
+        return f"{keys.v.shape[1]} tokens: the kernel counts to {MAX_LENGTH}"
+    return why_not_here(asked)
+
+
+class Tables(NamedTuple):
+    """What all programs read of the scores between codes; key codes are padded."""
+
+    score: Array  # [H, Cq, C] float32
+    weight: Array  # [H, Cq, C] `E`, in the dtype of v, 0 for padding
+    top: Array  # [H, Cq] float32
+    is_wide: Array  # [H] whether scores of one code differ too much for `E`
+
+    @classmethod
+    def of(cls, books: Books, n_padded: int, dtype: Any) -> "Tables":
+        table = books.table if books.bias is None else books.table + books.bias[:, None, None]
+        top = jnp.max(table, axis=-1)
+        is_wide = ~jnp.all(top - jnp.min(table, axis=-1) <= MAX_RANGE, axis=-1)
+        padding = (0, 0), (0, 0), (0, n_padded - table.shape[2])
+        table = jnp.pad(table, padding, constant_values=-jnp.inf)
+        return cls(table, jnp.exp(table - top[..., None]).astype(dtype), top, is_wide)
+
+
+def first_sums(coded: Coded, n_padded: int) -> Sums:
+    """Sums over the keys before a call, as one segment."""
+    padding = (0, 0), (0, 0), (0, n_padded - coded.count.shape[2])
+    count = jnp.pad(coded.count, padding).astype(F32)[:, :, None]
+    mean = jnp.pad(coded.mean, (*padding, (0, 0)))[:, :, None]
+    return Sums(mean * count[..., None], count)
+
+
+def coded_after(first: Coded, sums: Sums) -> Coded:
+    """The keys before a call and in it."""
+    n_code = first.count.shape[2]
+    count = first.count + jnp.sum(sums.numbers[..., :n_code].astype(jnp.int32), axis=2, dtype=jnp.int32)
+    total = jnp.sum(sums.vectors[..., :n_code, :], axis=2)
+    drift = total - (count - first.count)[..., None].astype(F32) * first.mean
+    return Coded(count, first.mean + drift / jnp.maximum(count, 1)[..., None].astype(F32), first.start)
+
+
+def segment_len(length: int, n_row: int, tile: int) -> int:
+    """Tokens of a segment: whole tiles."""
+    n_tile = pl.cdiv(length, tile)
+    return pl.cdiv(n_tile, sizes.n_segment(length, n_row, tile)) * tile
+
+
+def causal_attention(
+    queries: Queries, keys: Keys, books: Books, state: VQState, form: Form
+) -> tuple[Array, Array, Coded]:
+    """`ops.vq_causal.causal_attention`."""
+    batch, length, n_key_head, width = keys.v.shape
+    n_head = queries.codes.shape[2]
+    n_padded, chunk = padded_codes(books.k.shape[1])
+    size = sizes.of_causal(n_padded)
+    each = segment_len(length, batch * n_head, size.tile)
+    sums = segment_sums(keys.codes, keys.v, books.k.shape[1], each)
+    tables = Tables.of(books, n_padded, keys.v.dtype)
+    before = before_segments(sums, first_sums(coded_of(state), n_padded))
+    is_bad = jnp.any(~jnp.isfinite(sums.vectors), axis=(-2, -1))  # [B, K, S]
+    is_bad = jnp.repeat(is_bad, n_head // n_key_head, axis=1).astype(jnp.int32)
+    mode = jnp.where(tables.is_wide[None, :, None], 2, is_bad)
+    n_column = min(power_of_two(width), size.columns)
+    shapes = (
+        jax.ShapeDtypeStruct((batch, length, n_head, width), keys.v.dtype),
+        jax.ShapeDtypeStruct((batch, length, n_head), F32),
+    )
+    grid = pl.cdiv(length, each), batch * n_head, pl.cdiv(width, n_column)
+    kernel = partial(_causal_kernel, tile=size.tile, n_tile=each // size.tile, chunk=chunk, n_column=n_column)
+    arrays = queries.codes, keys.codes, keys.v, *tables[:3], *before, mode
+    results = launch(kernel, shapes, grid, size.n_warp, size.n_stage)(*arrays)
+    careful = launch(
+        partial(kernel, is_careful=True), shapes, grid, size.n_warp, 1, {len(arrays): 0, len(arrays) + 1: 1}
+    )
+    return *careful(*arrays, *results), coded_after(coded_of(state), sums)
+
+
+def _causal_kernel(
+    query_ref: Any,
+    key_ref: Any,
+    v_ref: Any,
+    score_ref: Any,
+    weight_ref: Any,
+    top_ref: Any,
+    sum_ref: Any,
+    number_ref: Any,
+    mode_ref: Any,
+    *refs: Any,
+    tile: int,
+    n_tile: int,
+    chunk: int,
+    n_column: int,
+    is_careful: bool = False,
+) -> None:
+    """Segments of mode 0, or of all others: those have their own kernel, which needs more of a processor.
+
+    Either leaves what the other one writes as it is.
+    """
+    out_ref, lse_ref = refs[-2:]
+    length, n_head, width = out_ref.shape[1:]
+    n_key_head, n_code, dtype = v_ref.shape[2], weight_ref.shape[2], v_ref.dtype
+    segment, batch, head = pl.program_id(0), pl.program_id(1) // n_head, pl.program_id(1) % n_head
+    key_head = head // (n_head // n_key_head)
+    cols = columns(pl.program_id(2), n_column, width)
+    firsts = range(0, n_code, chunk)
+    lower = lower_triangle(tile)
+
+    def read_sums(first: int) -> tuple[Array, Array]:
+        at = pl.ds(first, chunk)
+        ref = sum_ref.at[batch, key_head, segment, at, cols[0]]
+        there = None if cols[1] is None else jnp.broadcast_to(cols[1][None, :], (chunk, n_column))
+        total = plt.load(ref) if there is None else plt.load(ref, mask=there, other=0)
+        return total, as_columns(plt.load(number_ref.at[batch, key_head, segment, at]))
+
+    def quick(query: Array, hots: list[Array], sums: Any, v: Array) -> tuple[Array, Array, Array, Array]:
+        """Output before its division, denominator, weights of the tile and what they are relative to."""
+        out, total, picked = (
+            jnp.zeros((tile, n_column), F32),
+            jnp.zeros((tile,), F32),
+            jnp.zeros((tile, tile), F32),
+        )
+        for first, hot, (value, number) in zip(firsts, hots, sums, strict=True):
+            weight = read_rows(weight_ref, head, query, first, chunk)
+            picked += dot(weight, hot)
+            out += dot(weight, value.astype(dtype))
+            total += jnp.sum(dot(weight, in_parts(number, dtype)), axis=1)
+        return out, total, jnp.where(lower, picked, 0), plt.load(top_ref.at[head, jnp.maximum(query, 0)])
+
+    def wide(query: Array, key: Array, sums: Any) -> tuple[Array, Array, Array, Array]:
+        """The same relative to the largest score of the keys that a query sees."""
+        far, shape = [], (tile, tile)
+        for first, (_, number) in zip(firsts, sums, strict=True):
+            count = jnp.max(number, axis=1)[None, :]
+            far.append(jnp.where(count > 0, read_rows(score_ref, head, query, first, chunk), -jnp.inf))
+        pair = (
+            jnp.broadcast_to(jnp.maximum(query, 0)[:, None], shape),
+            jnp.broadcast_to(jnp.maximum(key, 0)[None, :], shape),
+        )
+        near = jnp.where(lower & (key >= 0)[None, :], plt.load(score_ref.at[head, *pair]), -jnp.inf)
+        top = jnp.max(near, axis=1)
+        for score in far:
+            top = jnp.maximum(top, jnp.max(score, axis=1))
+        top = jnp.where(top == -jnp.inf, 0.0, top)
+        out, total = jnp.zeros((tile, n_column), F32), jnp.zeros((tile,), F32)
+        for score, (value, number) in zip(far, sums, strict=True):
+            weight = jnp.exp(score - top[:, None])
+            out += dot(weight.astype(dtype), value.astype(dtype))
+            total += jnp.sum(weight * jnp.max(number, axis=1)[None, :], axis=1)
+        return out, total, jnp.exp(near - top[:, None]), top
+
+    def step(i: Any, sums: Any, contains: bool, is_wide: bool) -> Any:
+        rows = tokens((segment * n_tile + i) * tile, tile, length)
+        query = read_numbers(query_ref, batch, rows, head, 0)
+        key = read_numbers(key_ref, batch, rows, key_head, -2)
+        v = read_vectors(v_ref, batch, rows, key_head, cols)
+        hots = [one_hot(key, first, chunk, dtype) for first in firsts]
+        out, total, near, top = wide(query, key, sums) if is_wide else quick(query, hots, sums, v)
+        seen = v
+        if contains:
+            bad = ~(jnp.abs(v.astype(F32)) < jnp.inf) | (key == -1)[:, None]
+            seen, v = (
+                jnp.where(bad, jnp.zeros_like(v), v),
+                jnp.where((key == -1)[:, None], jnp.full_like(v, jnp.nan), v),
+            )
+        out += dot(near.astype(dtype), seen)
+        if contains:
+            out = jnp.where(dot(lower.astype(dtype), bad.astype(dtype)) > 0, jnp.nan, out)
+        total += jnp.sum(near, axis=1)
+        share = jnp.where(query < 0, jnp.nan, 1 / total)
+        write_vectors(out_ref, batch, rows, head, cols, out * share[:, None])
+        write_numbers(lse_ref, batch, rows, head, jnp.where(query < 0, jnp.nan, top + jnp.log(total)))
+        ones = jnp.ones((tile, NARROW), dtype)
+        return [
+            (value + dot(hot, v), number + dot(hot, ones))
+            for hot, (value, number) in zip(hots, sums, strict=True)
+        ]
+
+    mode = plt.load(mode_ref.at[batch, head, segment])
+    for wanted in (1, 2) if is_careful else (0,):
+
+        @pl.when(mode == wanted)
+        def run(wanted: int = wanted) -> None:
+            sums = [read_sums(first) for first in firsts]
+            loop(n_tile, partial(step, contains=wanted > 0, is_wide=wanted == 2), sums)
+
+
+add_kernel("causal_attention", Kernel(causal_attention, why_not))

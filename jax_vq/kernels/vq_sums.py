@@ -1,0 +1,142 @@
+"""Sums over tokens per code, segment by segment: what a scan over segments starts from."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from jax_vq.kernels import sizes
+from jax_vq.kernels.tiles import (
+    F32,
+    NARROW,
+    as_columns,
+    columns,
+    dot,
+    in_parts,
+    launch,
+    loop,
+    one_hot,
+    power_of_two,
+    read_numbers,
+    read_vectors,
+    tokens,
+)
+
+
+class Sums(NamedTuple):
+    """Of every segment, head and code; codes are padded to whole chunks."""
+
+    vectors: Array  # [B, K, S, C, V] float32, NaN in a column where a vector is not finite
+    numbers: Array  # [B, K, S, C] float32
+
+
+def padded_codes(n_code: int) -> tuple[int, int]:
+    """Codes in whole chunks, and in one chunk."""
+    chunk = min(power_of_two(n_code), sizes.SUMS.chunk)
+    return -(-n_code // chunk) * chunk, chunk
+
+
+def segment_sums(
+    codes: Array,
+    vectors: Array,
+    n_code: int,
+    segment_len: int,
+    weights: Array | None = None,
+    numbers: Array | None = None,
+) -> Sums:
+    """Sums over the tokens of each segment of `weights * vectors` and `weights * numbers`, by code.
+
+    Args:
+      codes: int32 `[B, T, K]`; a token of code -1 has no vector: it makes all sums of its segment NaN.
+      vectors: `[B, T, K, V]`.
+      segment_len: tokens of a segment, a multiple of the tile.
+      weights, numbers: float32 `[B, T, K]`, by default 1.
+    """
+    batch, length, n_head, width = vectors.shape
+    size = sizes.SUMS
+    n_padded, chunk = padded_codes(n_code)
+    n_column = min(power_of_two(width), size.columns)
+    n_segment = pl.cdiv(length, segment_len)
+    run = launch(
+        partial(
+            _sums_kernel,
+            tile=size.tile,
+            n_tile=segment_len // size.tile,
+            chunk=chunk,
+            n_column=n_column,
+            has_weights=weights is not None,
+        ),
+        Sums(
+            jax.ShapeDtypeStruct((batch, n_head, n_segment, n_padded, width), F32),
+            jax.ShapeDtypeStruct((batch, n_head, n_segment, n_padded), F32),
+        ),
+        (n_segment, batch * n_head, (n_padded // chunk) * pl.cdiv(width, n_column)),
+        size.n_warp,
+        size.n_stage,
+    )
+    return run(codes, vectors, *(() if weights is None else (weights, numbers)))
+
+
+def before_segments(sums: Sums, first: Sums | None, *, is_reverse: bool = False) -> Sums:
+    """The sums over all earlier segments, or later ones, and `first` (of S = 1)."""
+
+    def scan(x: Array, start: Array | None) -> Array:
+        total = _exclusive(x, is_reverse)
+        return total if start is None else total + start
+
+    start = (None, None) if first is None else first
+    return Sums(*(scan(x, s) for x, s in zip(sums, start, strict=True)))
+
+
+def _exclusive(x: Array, is_reverse: bool) -> Array:
+    """Sums over the entries of axis 2 before each one; no difference of sums, which a NaN would spoil."""
+    zero = jnp.zeros_like(x[:, :, :1])
+    x = jnp.concatenate([x[:, :, 1:], zero] if is_reverse else [zero, x[:, :, :-1]], axis=2)
+    return jax.lax.cumsum(x, axis=2, reverse=is_reverse)
+
+
+def _sums_kernel(
+    code_ref: Any,
+    vector_ref: Any,
+    *refs: Any,
+    tile: int,
+    n_tile: int,
+    chunk: int,
+    n_column: int,
+    has_weights: bool,
+) -> None:
+    *more_refs, sum_ref, number_ref = refs
+    _, length, n_head, width = vector_ref.shape
+    segment, batch, head = pl.program_id(0), pl.program_id(1) // n_head, pl.program_id(1) % n_head
+    n_part = pl.cdiv(width, n_column)
+    first = (pl.program_id(2) // n_part) * chunk
+    cols = columns(pl.program_id(2) % n_part, n_column, width)
+    dtype = vector_ref.dtype
+
+    def step(i: Any, carry: Any) -> Any:
+        total, number, bad = carry
+        rows = tokens((segment * n_tile + i) * tile, tile, length)
+        code = read_numbers(code_ref, batch, rows, head, -2)
+        x = read_vectors(vector_ref, batch, rows, head, cols)
+        hot = one_hot(code, first, chunk, dtype)
+        if has_weights:
+            weight, value = (read_numbers(ref, batch, rows, head, 0.0) for ref in more_refs)
+            x = (x.astype(F32) * weight[:, None]).astype(dtype)
+            terms = in_parts(as_columns(weight * value), dtype)
+        else:
+            terms = jnp.ones((tile, NARROW), dtype)
+        bad = jnp.maximum(bad, jnp.max((code == -1).astype(jnp.int32)))
+        return total + dot(hot, x), number + dot(hot, terms), bad
+
+    zero = jnp.zeros((chunk, n_column), F32), jnp.zeros((chunk, NARROW), F32), jnp.int32(0)
+    total, number, bad = loop(n_tile, step, zero)
+    number = jnp.sum(number, axis=1) if has_weights else jnp.max(number, axis=1)
+    total = jnp.where(bad > 0, jnp.nan, total)
+    at = pl.ds(first, chunk)
+    there = None if cols[1] is None else jnp.broadcast_to(cols[1][None, :], total.shape)
+    plt.store(sum_ref.at[batch, head, segment, at, cols[0]], total, mask=there)
+    plt.store(number_ref.at[batch, head, segment, at], number)

@@ -1,0 +1,89 @@
+"""Which code runs a step of an op: plain XLA, or kernels that `jax_vq.kernels` adds for where they can run.
+
+A step is a function of this package; a kernel takes its name, its arguments and its results.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+
+NAMES = ("xla", "triton")  # what `implementation` may be, beside None
+
+
+class Kernel(NamedTuple):
+    """A step by other means."""
+
+    run: Callable[..., Any]
+    why_not: Callable[..., str | None]  # (asked, *arguments of the step); None: it can run
+
+
+_KERNELS: dict[str, Kernel] = {}
+_LISTENERS: list[dict[str, str | None]] = []
+
+
+def add_kernel(step: str, kernel: Kernel) -> None:
+    """Have a kernel where a step can use it."""
+    _KERNELS[step] = kernel
+
+
+def check_implementation(asked: Any) -> str | None:
+    """`implementation`: None or one of `NAMES`."""
+    if asked is not None and asked not in NAMES:
+        raise ValueError(f"implementation must be None or one of {', '.join(NAMES)}, found {asked!r}")
+    return asked
+
+
+def run(asked: str | None, step: str, plain: Callable[..., Any], *arguments: Any) -> Any:
+    """A step by its kernel, or by `plain` where that cannot run: never an error for want of a kernel.
+
+    Compiled for a CPU in a process with a GPU, `plain` runs too.
+    """
+    reason = _why_not(asked, step, *arguments)
+    for found in _LISTENERS:
+        found[step] = reason
+    if reason is not None:
+        return plain(*arguments)
+    kernel = partial(_KERNELS[step].run, *arguments)
+    if jax.default_backend() == "cpu":
+        return kernel()
+    return lax.platform_dependent(cuda=kernel, default=partial(plain, *arguments))
+
+
+def _why_not(asked: str | None, step: str, *arguments: Any) -> str | None:
+    if asked == "xla":
+        return "implementation='xla' was asked for"
+    return _KERNELS[step].why_not(asked, *arguments) if step in _KERNELS else "there is no kernel"
+
+
+def traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function under `jax.jit`; while `why_xla` asks, the one inside, which is traced every time."""
+    inside: Callable[..., Any] = getattr(function, "__wrapped__", function)
+    return inside if _LISTENERS else function
+
+
+def why_xla(function: Callable[..., Any], *arguments: Any, **options: Any) -> dict[str, str | None]:
+    """Why the steps of a call run as plain XLA on this machine; None for a step that a kernel runs.
+
+    Nothing is computed or compiled.
+
+    Args:
+      function: `vq_attention`, `nearest_codes`, or what calls them; for the backward pass its gradient.
+      arguments: arrays or `jax.ShapeDtypeStruct`.
+      options: of the call.
+
+    Returns:
+      Reasons by step, such as `{"finite_codes": None, "causal_attention": "an exact window ..."}`.
+
+    Raises:
+      ValueError, TypeError: what the call itself raises.
+    """
+    found: dict[str, str | None] = {}
+    _LISTENERS.append(found)
+    try:
+        jax.eval_shape(partial(function, **options), *arguments)
+    finally:
+        _LISTENERS.remove(found)
+    return found

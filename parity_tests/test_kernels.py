@@ -1,0 +1,246 @@
+"""The GPU kernels: what the ops are tested for, of every kernel; interpreted where there is no GPU."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_vq
+from jax_vq.kernels import sizes, tiles
+from parity_tests.support import assert_close, assert_gradient_close, to_jax, to_numpy
+from parity_tests.vq_calls import attend, differentiable, optional
+from vq_common import oracle, vq_oracle
+from vq_common.cases import Case, Inputs, case_inputs, cases
+
+KERNELS: dict[str, Any] = {"implementation": "triton"}
+ON_GPU = jax.default_backend() == "gpu"
+# Forms that kernels run as a whole, at odd sizes; all others share the ops' own tests on a GPU.
+CASES = (
+    "small_full",
+    "small_causal",
+    "one_token_causal",
+    "more_codes_than_tokens_causal",
+    "cross_short_queries",
+    "grouped_causal",
+)
+SHAPE = (1, 256, 2, 128)
+
+
+@pytest.fixture
+def two_segments(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Several tiles in a segment, and a segment after another, at a length that one segment would do for."""
+    jax.clear_caches()
+    monkeypatch.setattr(sizes, "n_segment", lambda length, n_row, tile: 2)
+    yield
+    jax.clear_caches()
+
+
+def inputs_of(**sizes: Any) -> Inputs:
+    return case_inputs(Case(name="kernels", **{"batch": 1, "is_causal": True} | sizes), "bfloat16")
+
+
+def run(inputs: Inputs, **options: Any) -> np.ndarray:
+    return attend("jax", inputs, "bfloat16", **KERNELS, **{"is_causal": True} | options)
+
+
+@pytest.mark.parametrize("case", [case for case in cases("ci") if case.name in CASES], ids=lambda c: c.name)
+def test_kernels_match_the_oracle(case: Case) -> None:
+    inputs = case_inputs(case, "bfloat16")
+    options = case.options | optional(inputs)
+    out, gradients = differentiable("jax", inputs, "bfloat16", **KERNELS, **case.options)(inputs.d_out)
+    assert_close(out, vq_oracle.vq_attention(*inputs[:5], **options), "bfloat16")
+    targets = vq_oracle.vq_attention_gradients(*inputs[:5], inputs.d_out, **options)
+    for found, target in zip(gradients, targets, strict=True):
+        if target is not None:
+            assert_gradient_close(found, target, "bfloat16")
+
+
+def test_every_case_is_there() -> None:
+    assert set(CASES) <= {case.name for case in cases("ci")}
+
+
+@pytest.mark.usefixtures("two_segments")
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_many_codes_and_wide_values(is_causal: bool) -> None:
+    """More codes than a chunk, wider values than a block, several tiles: all that is looped over."""
+    inputs = inputs_of(q_len=601, n_head=1, n_code_q=150, n_code_k=139, d_v=133, is_causal=is_causal)
+    expected = vq_oracle.vq_attention(*inputs[:5], is_causal=is_causal)
+    assert_close(run(inputs, is_causal=is_causal), expected, "bfloat16")
+
+
+@pytest.mark.usefixtures("two_segments")
+def test_gradients_over_segments() -> None:
+    inputs = inputs_of(q_len=301, n_head=2, has_bias=True)
+    out, found = differentiable("jax", inputs, "bfloat16", is_causal=True, **KERNELS)(inputs.d_out)
+    options: dict[str, Any] = {"is_causal": True, "code_bias": inputs.code_bias}
+    assert_close(out, vq_oracle.vq_attention(*inputs[:5], **options), "bfloat16")
+    targets = vq_oracle.vq_attention_gradients(*inputs[:5], inputs.d_out, **options)
+    for name, target in targets._asdict().items():
+        # Everything is seen through codes, so that a bias cancels: its gradient is rounding alone.
+        if target is not None and name != "code_bias":
+            assert_gradient_close(getattr(found, name), target, "bfloat16")
+
+
+@pytest.mark.parametrize("codebook_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("n_code", [5, 300])
+def test_codes_are_the_nearest(n_code: int, codebook_dtype: str) -> None:
+    """Those of float64 wherever the two best scores differ by more than float32 rounds."""
+    rng = np.random.default_rng(n_code)
+    x = np.asarray(jnp.asarray(rng.normal(size=(2, 97, 3, 33)), jnp.bfloat16), np.float64)
+    codebook = np.asarray(jnp.asarray(rng.normal(size=(3, n_code, 33)), codebook_dtype), np.float64)
+    found = to_numpy(jax_vq.nearest_codes(to_jax(x, "bfloat16"), to_jax(codebook, codebook_dtype), **KERNELS))
+    score = np.einsum("bthd,hcd->bthc", x, codebook) - (codebook**2).sum(-1) / 2
+    best = np.sort(score, axis=-1)
+    is_clear = best[..., -1] - best[..., -2] > 1e-5
+    assert is_clear.mean() > 0.99
+    np.testing.assert_array_equal(found[is_clear], oracle.nearest_codes(x, codebook)[is_clear])
+
+
+def test_equal_codes_take_the_first() -> None:
+    rng = np.random.default_rng(0)
+    x, half = rng.normal(size=(1, 70, 1, 16)), rng.normal(size=(1, 70, 16))
+    codebook = np.concatenate([half, half, half], axis=1)
+    found = jax_vq.nearest_codes(to_jax(x, "bfloat16"), to_jax(codebook, "float32"), **KERNELS)
+    assert int(jnp.max(found)) < 70
+
+
+@pytest.mark.usefixtures("two_segments")
+def test_the_future_changes_nothing() -> None:
+    """Any change at t leaves every earlier output exactly as it was, though a NaN takes another loop."""
+    inputs = inputs_of(q_len=421, n_head=1)
+    before = run(inputs)
+    for t, value in ((1, np.nan), (130, np.inf), (130, 3.0), (300, np.nan)):
+        changed = inputs._replace(q=inputs.q.copy(), k=inputs.k.copy(), v=inputs.v.copy())
+        for x in (changed.q, changed.k, changed.v):
+            x[:, t:] = value
+        np.testing.assert_array_equal(run(changed)[:, :t], before[:, :t])
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_nonfinite_inputs_reach_the_rows_that_attend_to_them(is_causal: bool) -> None:
+    inputs = inputs_of(q_len=90, batch=2)
+    clean = run(inputs, is_causal=is_causal)
+    t, head = 13, 1
+    for name, value in (("q", np.nan), ("k", np.inf), ("v", np.nan), ("v", -np.inf)):
+        x = getattr(inputs, name).copy()
+        x[1, t, head, 2] = value
+        out = run(inputs._replace(**{name: x}), is_causal=is_causal)
+        rows = np.zeros(out.shape, bool)
+        attending = slice(t, t + 1) if name == "q" else slice(t if is_causal else 0, None)
+        rows[1, attending, head, 2 if name == "v" else slice(None)] = True
+        assert np.isnan(out[rows]).all()
+        np.testing.assert_array_equal(out[~rows], clean[~rows])
+
+
+@pytest.mark.usefixtures("two_segments")
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_huge_scores(is_causal: bool) -> None:
+    """Scores of +-1e4, and codes of huge score that come up first at the very end; gradients too."""
+    rng = np.random.default_rng(0)
+    length = 300
+    codebook = np.array([[[-100.0, 0.0], [100.0, 0.0], [0.0, 1.0]]])
+    picked = np.r_[rng.integers(0, 2, length - 1) * 2, 1]
+    q = codebook[0, rng.integers(0, 3, length)][None, :, None]
+    k = codebook[0, picked][None, :, None]
+    v = np.asarray(jnp.asarray(rng.normal(size=(1, length, 1, 3)), jnp.bfloat16), np.float64)
+    inputs = Inputs(q, k, v, codebook, codebook, None, v)
+    options: dict[str, Any] = {"is_causal": is_causal, "scale": 1.0}
+    out, found = differentiable("jax", inputs, "bfloat16", **KERNELS, **options)(v)
+    assert_close(out, vq_oracle.vq_attention(*inputs[:5], **options), "bfloat16")
+    targets = vq_oracle.vq_attention_gradients(*inputs[:5], v, **options)
+    assert_gradient_close(found.v, targets.v, "bfloat16")
+
+
+def test_a_sequence_goes_on_from_a_state() -> None:
+    inputs = inputs_of(q_len=150)
+    arrays = [to_jax(x, "bfloat16") for x in inputs[:5]]
+    head, tail = ([x[:, part] for x in arrays[:3]] for part in (slice(70), slice(70, None)))
+    _, state = jax_vq.vq_attention(*head, *arrays[3:], is_causal=True, return_state=True, **KERNELS)
+    options: dict[str, Any] = {"is_causal": True, "state": state} | KERNELS
+    assert jax_vq.why_xla(jax_vq.vq_attention, *tail, *arrays[3:], **options)["causal_attention"] is None
+    out = jax_vq.vq_attention(*tail, *arrays[3:], **options)
+    assert_close(out, vq_oracle.vq_attention(*inputs[:5], is_causal=True)[:, 70:], "bfloat16")
+
+
+def test_batched_by_vmap() -> None:
+    inputs = inputs_of(batch=2, q_len=65)
+    q, k, v, *books = (to_jax(x, "bfloat16") for x in inputs[:5])
+
+    def one(q: Any, k: Any, v: Any) -> Any:
+        return jax_vq.vq_attention(q[None], k[None], v[None], *books, is_causal=True, **KERNELS)[0]
+
+    assert_close(jax.vmap(one)(q, k, v), run(inputs), "bfloat16")
+
+
+def gradient(q: Any, k: Any, v: Any, *books: Any, **options: Any) -> Any:
+    out, pull = jax.vjp(lambda *x: jax_vq.vq_attention(*x, *books, **options), q, k, v)
+    return pull(out)
+
+
+def shapes(n_code: int = 128, width: int = 128, dtype: Any = jnp.bfloat16) -> tuple[Any, ...]:
+    x = jax.ShapeDtypeStruct((*SHAPE[:3], width), dtype)
+    return x, x, x, *(jax.ShapeDtypeStruct((2, n_code, width), jnp.float32),) * 2
+
+
+@pytest.mark.parametrize("is_causal, n_kernel", [(False, 3), (True, 9)])
+def test_kernels_lower_for_a_gpu(is_causal: bool, n_kernel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own limits, which interpretation does not have."""
+    monkeypatch.setattr(tiles, "is_interpreted", lambda: False)
+    if jax.__version_info__ >= (0, 11) and not ON_GPU:
+        pytest.skip("this jax lowers for a GPU that is there, or named")
+    jax.clear_caches()
+    options = {"is_causal": is_causal} | KERNELS
+    traced = jax.jit(lambda *x: gradient(*x, **options)).trace(*shapes())
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    jax.clear_caches()
+    assert len(re.findall(r"custom_call.*xla\.gpu\.triton", text)) == n_kernel
+
+
+@pytest.mark.parametrize(
+    "options, arrays, step, reason",
+    [
+        ({"mem_len": 8}, shapes(), "causal_attention", "an exact window or sinks"),
+        ({"n_sink": 1}, shapes(), "causal_attention", "an exact window or sinks"),
+        ({}, shapes(dtype=jnp.float32), "causal_attention", "values of float32"),
+        ({}, shapes(dtype=jnp.float32), "finite_codes", "nearest codes of float32"),
+        ({}, shapes(width=256), "finite_codes", "width 256"),
+        ({}, shapes(n_code=1024), "causal_attention", "1024 key codes"),
+        ({}, shapes(n_code=256), "causal_gradients", "gradients of 256 codes"),
+        ({"is_causal": False}, shapes(dtype=jnp.float32), "count_keys", "values of float32"),
+        ({"implementation": "xla"}, shapes(), "causal_attention", "implementation='xla' was asked for"),
+    ],
+)
+def test_what_no_kernel_runs_says_why(options: dict[str, Any], arrays: Any, step: str, reason: str) -> None:
+    found = jax_vq.why_xla(gradient, *arrays, **{"is_causal": True} | KERNELS | options)
+    assert str(found[step]).startswith(reason)
+
+
+def test_kernels_run_where_they_are_made_for() -> None:
+    """On another device nothing that is not asked for."""
+    steps = {"finite_codes", "causal_attention", "causal_gradients"}
+    assert jax_vq.why_xla(gradient, *shapes(), is_causal=True, **KERNELS) == dict.fromkeys(steps)
+    found = jax_vq.why_xla(gradient, *shapes(), is_causal=True)
+    assert found.keys() == steps
+    if not ON_GPU:
+        assert set(found.values()) == {"Triton compiles for a GPU, and this is a CPU"}
+
+
+def test_what_no_kernel_runs_is_what_xla_runs() -> None:
+    inputs = inputs_of(q_len=70)
+    plain, asked = (
+        attend("jax", inputs, "float32", is_causal=True, implementation=name) for name in ("xla", "triton")
+    )
+    np.testing.assert_array_equal(plain, asked)
+
+
+@pytest.mark.parametrize("function", ["vq_attention", "nearest_codes"])
+def test_an_implementation_has_a_known_name(function: str) -> None:
+    inputs = inputs_of(q_len=70)
+    arrays = [to_jax(x, "float32") for x in inputs[:5]]
+    arrays = arrays if function == "vq_attention" else [arrays[0], arrays[3]]
+    with pytest.raises(ValueError, match="implementation must be None or one of xla, triton, found 'cuda'"):
+        getattr(jax_vq, function)(*arrays, implementation="cuda")
