@@ -78,7 +78,7 @@ def unsupported(backend: str, job: Job, point: Point) -> str | None:
     if point.mechanism == "hyper" and point.direction == STEP:
         return "HyperAttention has no step: it sorts whole sequences"
     if kernel_of(point.mechanism) is not None and point.direction == STEP:
-        return "one token is timed with the kernel that 'exact' picks"
+        return "one token is timed with the kernels that are picked for it"
     if is_exact(point.mechanism) and backend == "jax":
         if job.width != job.value_width:
             return f"jax.nn.dot_product_attention needs d_k == d_v, found {job.width} and {job.value_width}"
@@ -101,14 +101,24 @@ def vq_options(mechanism: str, job: Job) -> dict[str, Any]:
     return {"block_len": job.block_len, "mem_len": mem_len, "n_sink": n_sink}
 
 
+def vq_implementation(backend: str, call: Callable[..., Any], *arrays: Any) -> str:
+    """What runs the steps of a call: a name for all of them, or several."""
+    if backend != "jax":
+        return _default_implementation(backend)
+    reasons = _ops(backend).why_xla(call, *arrays).values()
+    return " + ".join(sorted({"triton" if reason is None else "xla" for reason in reasons}))
+
+
 def _build_vq(mechanism: str, backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
-    op = partial(_ops(backend).vq_attention, is_causal=is_causal, scale=1.0, **vq_options(mechanism, job))
+    options = vq_options(mechanism, job) | ({"implementation": "xla"} if kernel_of(mechanism) else {})
+    op = partial(_ops(backend).vq_attention, is_causal=is_causal, scale=1.0, **options)
 
     def keys_only(q: Any, k: Any, v: Any, codebook_k: Any) -> Any:
         return op(q, k, v, None, codebook_k)
 
     has_query_codes = "codebook_q" in MECHANISMS[mechanism].arrays
-    return Built(op if has_query_codes else keys_only, _default_implementation(backend))
+    fn = op if has_query_codes else keys_only
+    return Built(fn, vq_implementation(backend, fn, *arrays))
 
 
 def _build_window(backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:
@@ -130,7 +140,9 @@ def _build_hyper(backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...
 
 
 def kernel_of(mechanism: str) -> str | None:
-    """The kernel that 'exact_flash' and the like name; None for all other mechanisms."""
+    """The kernel that 'exact_flash' and 'vq_qk_xla' and the like name; None for all other mechanisms."""
+    if mechanism.endswith("_xla"):
+        return "xla"
     return mechanism.removeprefix("exact_") if is_exact(mechanism) and mechanism != "exact" else None
 
 
@@ -237,6 +249,7 @@ def _exact(mechanism: str, title: str) -> Mechanism:
 
 MECHANISMS: dict[str, Mechanism] = {
     "vq_qk": _vq("vq_qk", "VQ-attention, queries and keys", "q", "k"),
+    "vq_qk_xla": _vq("vq_qk_xla", "VQ-attention, queries and keys, plain XLA", "q", "k"),
     "vq_k": _vq("vq_k", "VQ-attention, keys only", "k"),
     "vq_qk_window": _vq("vq_qk_window", "VQ-attention with an exact window, queries and keys", "q", "k"),
     "vq_k_window": _vq("vq_k_window", "VQ-attention with an exact window, keys only", "k"),

@@ -4,8 +4,8 @@ import argparse
 
 from bench import runner, session
 from bench.arguments import OUT, add_common, add_forms, forms, session_options
-from bench.job import DIRECTIONS, is_exact, is_windowed
-from bench.registry import MECHANISMS, default_mechanisms
+from bench.job import DIRECTIONS, is_windowed
+from bench.registry import MECHANISMS, default_mechanisms, kernel_of
 
 HELP = "time against sequence length"
 DESCRIPTION = (
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "q, k and v, on what an untimed forward pass saved), or both in one call; default: fwd",
     )
     add_forms(parser)
-    named = [name for name in MECHANISMS if is_exact(name) and name != "exact"]
+    named = [name for name in MECHANISMS if kernel_of(name) is not None]
     windowed = [name for name in MECHANISMS if is_windowed(name)]
     every = [name for name in MECHANISMS if name not in (*named, *windowed)]
     add_common(
