@@ -100,6 +100,20 @@ def test_codes_are_the_nearest(n_code: int, codebook_dtype: str) -> None:
     np.testing.assert_array_equal(found[is_clear], oracle.nearest_codes(x, codebook)[is_clear])
 
 
+def test_codes_that_differ_in_their_last_bits() -> None:
+    """More than two terms of bfloat16 tell apart: what is left open is settled by all of them."""
+    rng = np.random.default_rng(0)
+    x = np.asarray(jnp.asarray(rng.normal(size=(1, 200, 1, 32)), jnp.bfloat16), np.float64)
+    codebook = rng.normal(size=(1, 20, 32))
+    codebook = np.concatenate([codebook, codebook * (1 + 2.0**-18)], axis=1).astype(np.float32)
+    found = to_numpy(jax_vq.nearest_codes(to_jax(x, "bfloat16"), to_jax(codebook, "float32"), **KERNELS))
+    score = np.einsum("bthd,hcd->bthc", x, np.float64(codebook)) - (np.float64(codebook) ** 2).sum(-1) / 2
+    best = np.sort(score, axis=-1)
+    is_clear = best[..., -1] - best[..., -2] > 1e-5
+    assert is_clear.mean() > 0.8
+    np.testing.assert_array_equal(found[is_clear], score.argmax(-1)[is_clear])
+
+
 def test_equal_codes_take_the_first() -> None:
     rng = np.random.default_rng(0)
     x, half = rng.normal(size=(1, 70, 1, 16)), rng.normal(size=(1, 70, 16))
@@ -183,10 +197,11 @@ def gradient(q: Any, k: Any, v: Any, *books: Any, **options: Any) -> Any:
 
 def shapes(n_code: int = 128, width: int = 128, dtype: Any = jnp.bfloat16) -> tuple[Any, ...]:
     x = jax.ShapeDtypeStruct((*SHAPE[:3], width), dtype)
-    return x, x, x, *(jax.ShapeDtypeStruct((2, n_code, width), jnp.float32),) * 2
+    book = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    return x, x, x, *(jax.ShapeDtypeStruct((2, n_code, width), book),) * 2
 
 
-@pytest.mark.parametrize("is_causal, n_kernel", [(False, 3), (True, 9)])
+@pytest.mark.parametrize("is_causal, n_kernel", [(False, 6), (True, 11)])
 def test_kernels_lower_for_a_gpu(is_causal: bool, n_kernel: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's own limits, which interpretation does not have."""
     monkeypatch.setattr(tiles, "is_interpreted", lambda: False)
@@ -211,6 +226,7 @@ def test_kernels_lower_for_a_gpu(is_causal: bool, n_kernel: int, monkeypatch: py
         ({}, shapes(n_code=1024), "causal_attention", "1024 key codes"),
         ({}, shapes(n_code=256), "causal_gradients", "gradients of 256 codes"),
         ({"is_causal": False}, shapes(dtype=jnp.float32), "count_keys", "values of float32"),
+        ({"is_causal": False}, shapes(dtype=jnp.float64), "full_attention", "values of float64"),
         ({"implementation": "xla"}, shapes(), "causal_attention", "implementation='xla' was asked for"),
     ],
 )

@@ -1,7 +1,7 @@
 """Nearest codes in one pass: a product with the codebook whose scores never leave the chip."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,10 @@ N_PART = 3  # bfloat16 terms of a float32 codebook: all of its bits, as float32 
 def finite_codes(x: Array, codebook: Array) -> Array:
     """`ops.quantize.finite_codes`: int32 `[B, T, H]`, -1 for a vector with NaN or inf.
 
-    Scores are exact products of x with the codebook in float32, summed in another order than XLA
-    sums them: codes are the same where the two best scores differ by more than rounding.
+    Scores are products of x with the codebook in float32, summed in another order than XLA sums them:
+    codes are the same where the two best scores differ by more than rounding. Two of the codebook's three
+    terms do for a tile of vectors unless the third one, at most `|x| |c_3|` of a score, could change which
+    code is best, or a score is not finite: such a tile is left to a second kernel, which takes in all.
     """
     batch, length, n_head, width = x.shape
     n_code = codebook.shape[1]
@@ -42,16 +44,17 @@ def finite_codes(x: Array, codebook: Array) -> Array:
     padding = (0, 0), (0, n_padded - n_code), (0, power_of_two(width) - width)
     half = jnp.sum(codebook.astype(F32) ** 2, axis=-1) / 2
     half = jnp.pad(half, padding[:2], constant_values=jnp.inf)
-    n_part = 1 if codebook.dtype == jnp.bfloat16 else N_PART
-    parts = jnp.concatenate(split(jnp.pad(codebook.astype(F32), padding), n_part))
-    run = launch(
-        partial(_codes_kernel, tile=size.tile, n_tile=size.n_tile, chunk=chunk),
-        jax.ShapeDtypeStruct((batch, length, n_head), jnp.int32),
-        (pl.cdiv(length, size.tile * size.n_tile), batch * n_head),
-        size.n_warp,
-        size.n_stage,
-    )
-    return run(x, parts, half)
+    parts = split(jnp.pad(codebook.astype(F32), padding), 1 if codebook.dtype == jnp.bfloat16 else N_PART)
+    last = jnp.max(jnp.sum(parts[-1].astype(F32) ** 2, axis=-1), axis=-1)  # [H] largest |c_3|^2
+    n_tile = pl.cdiv(length, size.tile)
+    grid = pl.cdiv(n_tile, size.n_tile), batch * n_head
+    codes = jax.ShapeDtypeStruct((batch, length, n_head), jnp.int32)
+    is_open = jax.ShapeDtypeStruct((batch * n_head, grid[0] * size.n_tile), jnp.int32)
+    kernel = partial(_codes_kernel, tile=size.tile, n_tile=size.n_tile, chunk=chunk)
+    arrays = x, jnp.concatenate(parts), half
+    found = launch(kernel, (codes, is_open), grid, size.n_warp, size.n_stage)(*arrays, last)
+    settle = launch(partial(kernel, settles=True), codes, grid, size.n_warp, 1, {len(arrays): 0})
+    return settle(*arrays, *found)
 
 
 def nearest_codes(x: Array, codebook: Array) -> Array:
@@ -70,49 +73,87 @@ def why_not(asked: str | None, x: Array, codebook: Array) -> str | None:
     return why_not_here(asked)
 
 
+class Best(NamedTuple):
+    """Of the codes so far, for each vector of a tile."""
+
+    score: Array
+    second: Array  # the best score of all other codes
+    code: Array
+
+
 def _codes_kernel(
-    x_ref: Any, part_ref: Any, half_ref: Any, code_ref: Any, *, tile: int, n_tile: int, chunk: int
+    x_ref: Any,
+    part_ref: Any,
+    half_ref: Any,
+    *refs: Any,
+    tile: int,
+    n_tile: int,
+    chunk: int,
+    settles: bool = False,
 ) -> None:
+    """All tiles by the first terms of the codebook, or those that this left open by all terms."""
     _, length, n_head, width = x_ref.shape
     n_part, (n_code, n_column) = part_ref.shape[0] // n_head, part_ref.shape[1:]
-    group, batch, head = pl.program_id(0), pl.program_id(1) // n_head, pl.program_id(1) % n_head
+    group, row = pl.program_id(0), pl.program_id(1)
+    batch, head = row // n_head, row % n_head
     cols = columns(0, n_column, width)
+    n_term = n_part if settles else max(n_part - 1, 1)
 
     def book(c: Any) -> Any:
         at = pl.ds(c * chunk, chunk)
-        parts = [plt.load(part_ref.at[p * n_head + head, at, :]) for p in range(n_part)]
+        parts = [plt.load(part_ref.at[p * n_head + head, at, :]) for p in range(n_term)]
         return parts, plt.load(half_ref.at[head, at])
 
-    def best(x: Array, parts: list[Array], half: Array) -> tuple[Array, Array]:
+    def best(x: Array, parts: list[Array], half: Array) -> Best:
         score = sum((dot_t(x, part) for part in parts[1:]), dot_t(x, parts[0])) - half[None, :]
-        return jnp.max(score, axis=1), lax.argmax(score, 1, jnp.int32)
+        code = lax.argmax(score, 1, jnp.int32)
+        is_best = lax.broadcasted_iota(jnp.int32, score.shape, 1) == code[:, None]
+        return Best(jnp.max(score, axis=1), jnp.max(jnp.where(is_best, -jnp.inf, score), axis=1), code)
 
-    whole = book(0) if n_code == chunk else None
+    whole = book(0) if n_code == chunk and not settles else None
 
-    def step(i: Any, carry: Any) -> Any:
-        rows = tokens((group * n_tile + i) * tile, tile, length)
+    def find(x: Array) -> Best:
+        if n_code == chunk:
+            return best(x, *(whole or book(0)))
+
+        def more(c: Any, old: Best) -> Best:
+            new = best(x, *book(c))
+            second = jnp.maximum(jnp.maximum(old.second, new.second), jnp.minimum(old.score, new.score))
+            code = jnp.where(new.score > old.score, new.code + c * chunk, old.code)
+            return Best(jnp.maximum(old.score, new.score), second, code)
+
+        nothing = jnp.full((tile,), -jnp.inf, F32)
+        return loop(n_code // chunk, more, Best(nothing, nothing, jnp.zeros((tile,), jnp.int32)))
+
+    def rows_of(i: Any) -> Any:
+        return tokens((group * n_tile + i) * tile, tile, length)
+
+    def first(i: Any, carry: Any) -> Any:
+        last_ref, code_ref, open_ref = refs
+        rows = rows_of(i)
         x = read_vectors(x_ref, batch, rows, head, cols)
-        if whole is not None:
-            top, code = best(x, *whole)
-        else:
-
-            def more(c: Any, found: Any) -> Any:
-                old_top, old = found
-                top, code = best(x, *book(c))
-                return jnp.maximum(old_top, top), jnp.where(top > old_top, code + c * chunk, old)
-
-            zero = jnp.full((tile,), -jnp.inf, F32), jnp.zeros((tile,), jnp.int32)
-            top, code = loop(n_code // chunk, more, zero)
-
-        def finite() -> Array:
-            is_finite = jnp.abs(x.astype(F32)) < jnp.inf
-            return jnp.where(jnp.min(is_finite.astype(jnp.int32), axis=1) > 0, code, -1)
-
-        is_doubtful = jnp.max((~(jnp.abs(top) < jnp.inf)).astype(jnp.int32)) > 0
-        write_numbers(code_ref, batch, rows, head, lax.cond(is_doubtful, finite, lambda: code))
+        found = find(x)
+        is_open = ~(jnp.abs(found.score) < jnp.inf)
+        if n_part > 1:
+            reach = jnp.sqrt(jnp.sum(x.astype(F32) ** 2, axis=1) * plt.load(last_ref.at[head]))
+            is_open = is_open | (found.score - found.second <= 2 * reach)
+        write_numbers(code_ref, batch, rows, head, found.code)
+        plt.store(open_ref.at[row, group * n_tile + i], jnp.max((is_open & rows[1]).astype(jnp.int32)))
         return carry
 
-    loop(n_tile, step, 0)
+    def settle(i: Any, carry: Any) -> Any:
+        _, open_ref, code_ref = refs
+
+        @pl.when(plt.load(open_ref.at[row, group * n_tile + i]) > 0)
+        def run() -> None:
+            rows = rows_of(i)
+            x = read_vectors(x_ref, batch, rows, head, cols)
+            finite = jnp.min((jnp.abs(x.astype(F32)) < jnp.inf).astype(jnp.int32), axis=1)
+            write_numbers(code_ref, batch, rows, head, jnp.where(finite > 0, find(x).code, -1))
+
+        return carry
+
+    loop(n_tile, settle if settles else first, 0)
 
 
 add_kernel("finite_codes", Kernel(finite_codes, why_not))

@@ -40,6 +40,17 @@ class SumsSize(NamedTuple):
 SUMS = SumsSize(tile=64, chunk=128, columns=128, n_warp=8, n_stage=3)
 
 
+class AnswerSize(NamedTuple):
+    """How queries read the answer of their code."""
+
+    tile: int
+    columns: int
+    n_warp: int
+
+
+ANSWER = AnswerSize(tile=64, columns=128, n_warp=4)
+
+
 class CausalSize(NamedTuple):
     """How a segment is attended to, tile by tile."""
 
@@ -53,7 +64,7 @@ class CausalSize(NamedTuple):
 def of_causal(n_code: int) -> CausalSize:
     """By the number of key codes."""
     if n_code > 128:
-        return CausalSize(tile=64, chunk=128, columns=64, n_warp=8, n_stage=2)
+        return CausalSize(tile=64, chunk=128, columns=64, n_warp=8, n_stage=1)
     return CausalSize(tile=128, chunk=128, columns=128, n_warp=8, n_stage=2)
 
 
@@ -71,4 +82,5 @@ class GradSize(NamedTuple):
     n_stage: int
 
 
-GRAD = GradSize(tile=64, n_warp=8, n_stage=1)
+GRAD_QUERIES = GradSize(tile=64, n_warp=8, n_stage=2)
+GRAD_KEYS = GradSize(tile=32, n_warp=8, n_stage=2)

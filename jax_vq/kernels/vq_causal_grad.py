@@ -116,7 +116,7 @@ def _gradients(
     delta = jnp.sum(out.astype(F32) * d_out.astype(F32), axis=-1) - d_lse
     top = lookup(tables.top, queries.codes)
     rows = RowData(queries.codes, d_out, jnp.exp(top - lse), delta)
-    each = segment_len(length, batch * n_head, sizes.GRAD.tile)
+    each = segment_len(length, batch * n_head, max(sizes.GRAD_QUERIES.tile, sizes.SUMS.tile))
     width = books.k.shape[2]
     scale = jnp.asarray(books.scale, F32)
     book_q, book_k = (
@@ -146,7 +146,7 @@ def _of_queries(
 ) -> tuple[Array, Array]:
     """Gradients of queries `[B, T, H, D]` and of the bias by segment `[B, H, S]`."""
     batch, length, n_head, _ = rows.d_out.shape
-    size, n_segment = sizes.GRAD, pl.cdiv(length, each)
+    size, n_segment = sizes.GRAD_QUERIES, pl.cdiv(length, each)
     run = launch(
         partial(_query_gradient_kernel, tile=size.tile, n_tile=each // size.tile),
         (
@@ -165,7 +165,7 @@ def _of_keys(
 ) -> tuple[Array, Array]:
     """Gradients of keys and of values, `[B, T, H, ...]` by query head."""
     batch, length, n_head, value_width = rows.d_out.shape
-    size = sizes.GRAD
+    size = sizes.GRAD_KEYS
     run = launch(
         partial(_key_gradient_kernel, tile=size.tile, n_tile=each // size.tile),
         (
@@ -276,8 +276,9 @@ def _key_gradient_kernel(
         d_out = read_vectors(d_out_ref, batch, rows, head, cols)
         v = read_vectors(v_ref, batch, rows, key_head, cols)
         hot = one_hot(query, 0, n_code, dtype)
+        shared = hot * share.astype(dtype)[None, :]
         weight = read_rows(weight_ref, head, key, 0, n_code)
-        near = jnp.where(later, dot(weight, hot) * share[None, :], 0)
+        near = jnp.where(later, dot(weight, shared), 0)
         d_near = jnp.where(later, near * (dot_t(v, d_out) - delta[None, :]), 0)
         half = total.astype(dtype)
         d_v = dot(weight, half) + dot(near.astype(dtype), d_out)
@@ -285,8 +286,7 @@ def _key_gradient_kernel(
         d_code = weight.astype(F32) * (dot_t(v, half) - jnp.sum(number, axis=1)[None, :])
         d_code += dot_t(d_near.astype(dtype), hot)
         write_vectors(d_k_ref, batch, rows, head, d_cols, dot(d_code.astype(dtype), book))
-        scaled = (d_out.astype(F32) * share[:, None]).astype(dtype)
-        return total + dot(hot, scaled), number + dot(hot, in_parts(as_columns(share * delta), dtype))
+        return total + dot(shared, d_out), number + dot(shared, in_parts(as_columns(delta), dtype))
 
     total, number = _read_sums((sum_ref, number_ref), batch, head, segment, cols)
     column = lax.broadcasted_iota(jnp.int32, number.shape, 1)

@@ -125,8 +125,8 @@ def _sums_kernel(
         hot = one_hot(code, first, chunk, dtype)
         if has_weights:
             weight, value = (read_numbers(ref, batch, rows, head, 0.0) for ref in more_refs)
-            x = (x.astype(F32) * weight[:, None]).astype(dtype)
-            terms = in_parts(as_columns(weight * value), dtype)
+            hot = hot * weight.astype(dtype)[None, :]
+            terms = in_parts(as_columns(value), dtype)
         else:
             terms = jnp.ones((tile, NARROW), dtype)
         bad = jnp.maximum(bad, jnp.max((code == -1).astype(jnp.int32)))

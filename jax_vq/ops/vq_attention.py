@@ -358,7 +358,7 @@ def _full_forward(
     saved = *x, v, None, None, code_bias, codebook_q, codebook_k, documents
     queries, keys, books = _read(form, *saved)
     seen = run(form.implementation, "count_keys", count_keys, keys, books)
-    out = full_attention(queries, keys, books, seen)
+    out = run(form.implementation, "full_attention", full_attention, queries, keys, books, seen)
     return out, (saved, seen, out)
 
 

@@ -101,17 +101,20 @@ def chunk_for(queries: Queries, keys: Keys, books: Books, length: int) -> int:
     return chunk_len(keys.v, length, 4 * keys.v.shape[0] * query_heads(queries) * token)
 
 
+def answers(books: Books, seen: Seen, dtype: torch.dtype) -> Tensor:
+    """The output of every query code, `[B, H, Cq, V]`."""
+    weight = table_weights(books, seen) * seen.count[:, :, None].to(books.k.dtype)
+    rows = einsum("bkxs,bksv->bkxv", weight, seen.mean).to(dtype)
+    return rows.reshape(rows.shape[0], books.q.shape[0], -1, rows.shape[-1])
+
+
 def full_attention(queries: Queries, keys: Keys, books: Books, seen: Seen) -> Tensor:
     """Output `[B, T, H, V]` from what all queries see."""
     x = queries.codes if queries.q is None else queries.q
     (batch, length, n_head), n_key_head = x.shape[:3], books.k.shape[0]
     dtype = keys.v.dtype
     count = seen.count[:, :, None].to(books.k.dtype)
-    rows = None
-    if queries.codes is not None:
-        weight = table_weights(books, seen) * count
-        rows = einsum("bkxs,bksv->bkxv", weight, seen.mean).to(dtype)
-        rows = rows.reshape(batch, n_head, -1, rows.shape[-1])
+    rows = None if queries.codes is None else answers(books, seen, dtype)
 
     def step(out: Tensor, start: int, size: int) -> Tensor:
         if rows is not None:
