@@ -1,5 +1,6 @@
 """Accumulator types, chunking and containment of non-finite values."""
 
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -26,8 +27,17 @@ def precision_for(dtype: jnp.dtype) -> lax.Precision:
 
 def einsum(spec: str, x: Array, y: Array) -> Array:
     """`jnp.einsum` of two arrays of one type, accumulated and returned in `acc_dtype`."""
-    acc = acc_dtype(x.dtype)
-    return jnp.einsum(spec, x, y, precision=precision_for(x.dtype), preferred_element_type=acc)
+    options = {"precision": precision_for(x.dtype), "preferred_element_type": acc_dtype(x.dtype)}
+    if x.dtype.itemsize > 2 or jax.default_backend() != "cpu":
+        return jnp.einsum(spec, x, y, **options)
+    # Half types on a CPU: x on the left. XLA has no such product whose left operand is not contracted
+    # over its last axis; it casts them, but not where it swaps axes of a table [K, C, D] itself, and then
+    # ends with "Unsupported element type for DotThunk". jnp.einsum takes the order that gives `found`.
+    left, right, out = re.split(",|->", spec)
+    shared = [axis for axis in out if axis in left and axis in right]
+    found = "".join([*shared, *(axis for axis in left + right if axis in out and axis not in shared)])
+    product = jnp.einsum(f"{left},{right}->{found}", x, y, **options)
+    return jnp.transpose(product, [found.index(axis) for axis in out])
 
 
 def is_code(codes: Array, n_code: int) -> Array:
