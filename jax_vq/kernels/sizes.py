@@ -22,7 +22,7 @@ class CodesSize(NamedTuple):
 def of_codes(length: int, n_row: int, n_code: int) -> CodesSize:
     """For `n_row` heads of all examples."""
     if n_code > 128:
-        return CodesSize(tile=128, n_tile=1, chunk=128, n_warp=8, n_stage=2)
+        return CodesSize(tile=256, n_tile=1, chunk=128, n_warp=8, n_stage=2)
     n_tile = min(max(length * n_row // (64 * N_PROGRAM), 1), 32)
     return CodesSize(tile=64, n_tile=n_tile, chunk=128, n_warp=4, n_stage=3)
 
