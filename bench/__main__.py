@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench import session
-from bench.suites import READERS, SUITES
+from bench.suites import MAKERS, READERS, SUITES
 
 
 def suite(name: str) -> Any:
@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     """All suites, the commands that read what they wrote, and their options."""
     main = argparse.ArgumentParser(prog="python -m bench", description="Measure attention mechanisms.")
     commands = main.add_subparsers(dest="suite", required=True, metavar="suite")
-    for name in (*SUITES, *READERS):
+    for name in (*SUITES, *READERS, *MAKERS):
         module = suite(name)
         module.add_arguments(commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION))
     return main

@@ -101,7 +101,7 @@ def test_codes_are_the_nearest(n_code: int, codebook_dtype: str) -> None:
 
 
 def test_codes_that_differ_in_their_last_bits() -> None:
-    """Two terms of bfloat16 are the same for all codes of one sign pattern; the third one tells them apart."""
+    """Two terms of bfloat16 are the same for all codes of a sign pattern; the third tells them apart."""
     rng = np.random.default_rng(0)
     signs = rng.choice([-1.0, 1.0], size=(10, 16))
     sizes = 1 + 2.0**-9 + np.arange(4) * 2.0**-20

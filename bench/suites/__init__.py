@@ -2,3 +2,4 @@
 
 SUITES = ("scaling", "decode", "codebook", "memory", "parity", "capture", "accuracy")  # what measures
 READERS = ("compare", "report")  # what reads results
+MAKERS = ("tune",)  # what writes a part of the packages

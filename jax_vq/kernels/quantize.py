@@ -38,7 +38,8 @@ def finite_codes(x: Array, codebook: Array) -> Array:
     """
     batch, length, n_head, width = x.shape
     n_code = codebook.shape[1]
-    size = sizes.of_codes(length, batch * n_head, n_code)
+    size = sizes.size_of("codes", n_code)
+    per_program = sizes.n_tile(length, batch * n_head, size.tile)
     chunk = min(power_of_two(n_code), size.chunk)
     n_padded = pl.cdiv(n_code, chunk) * chunk
     padding = (0, 0), (0, n_padded - n_code), (0, power_of_two(width) - width)
@@ -47,10 +48,10 @@ def finite_codes(x: Array, codebook: Array) -> Array:
     parts = split(jnp.pad(codebook.astype(F32), padding), 1 if codebook.dtype == jnp.bfloat16 else N_PART)
     last = jnp.max(jnp.sum(parts[-1].astype(F32) ** 2, axis=-1), axis=-1)  # [H] largest |c_3|^2
     n_tile = pl.cdiv(length, size.tile)
-    grid = pl.cdiv(n_tile, size.n_tile), batch * n_head
+    grid = pl.cdiv(n_tile, per_program), batch * n_head
     codes = jax.ShapeDtypeStruct((batch, length, n_head), jnp.int32)
-    is_open = jax.ShapeDtypeStruct((batch * n_head, grid[0] * size.n_tile), jnp.int32)
-    kernel = partial(_codes_kernel, tile=size.tile, n_tile=size.n_tile, chunk=chunk)
+    is_open = jax.ShapeDtypeStruct((batch * n_head, grid[0] * per_program), jnp.int32)
+    kernel = partial(_codes_kernel, tile=size.tile, n_tile=per_program, chunk=chunk)
     arrays = x, jnp.concatenate(parts), half
     found = launch(kernel, (codes, is_open), grid, size.n_warp, size.n_stage)(*arrays, last)
     settle = launch(partial(kernel, settles=True), codes, grid, size.n_warp, 1, {len(arrays): 0})

@@ -1,86 +1,75 @@
-"""Tile sizes of the kernels, by shape: measured on an H200, see `NOTES.md` beside this file."""
+"""Sizes of the kernels' tiles: a table by number of codes, which `python -m bench tune` makes."""
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 MAX_WIDTH = 128  # of vectors that are read whole
-MIN_VECTORS = 64  # that codes are found of: fewer fill no tile
-MAX_CODES_GRAD = 128
 MAX_CODES = 512  # of keys that causal attention is for
-N_PROGRAM = 4 * 132  # programs that keep all processors of an H200 busy
+MAX_CODES_GRAD = 128
+MIN_VECTORS = 64  # that codes are found of: fewer fill no tile
+N_PROCESSOR = 132  # of an H200
+MAX_TILES = 32  # of vectors that a program finds the codes of, with the codebook read once
+
+PATH = Path(__file__).with_name("sizes.json")
 
 
-class CodesSize(NamedTuple):
-    """How nearest codes are found."""
+class Size(NamedTuple):
+    """How a kernel cuts its work."""
 
     tile: int  # tokens at once
-    n_tile: int  # tiles of a program
     chunk: int  # codes at once
+    columns: int  # features of a value at once
     n_warp: int
-    n_stage: int
+    n_stage: int  # of loads that are under way
 
 
-def of_codes(length: int, n_row: int, n_code: int) -> CodesSize:
-    """For `n_row` heads of all examples."""
-    if n_code > 128:
-        return CodesSize(tile=256, n_tile=1, chunk=128, n_warp=8, n_stage=2)
-    n_tile = min(max(length * n_row // (64 * N_PROGRAM), 1), 32)
-    return CodesSize(tile=64, n_tile=n_tile, chunk=128, n_warp=4, n_stage=3)
+class Row(NamedTuple):
+    """The size of a kernel for up to so many codes."""
+
+    kernel: str
+    n_code: int
+    size: Size
 
 
-class SumsSize(NamedTuple):
-    """How values are summed by code, segment by segment."""
-
-    tile: int
-    chunk: int
-    columns: int
-    n_warp: int
-    n_stage: int
-
-
-SUMS = SumsSize(tile=64, chunk=128, columns=128, n_warp=8, n_stage=3)
+def read(path: Path) -> list[Row]:
+    """The rows of a table."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return [
+        Row(row["kernel"], row["n_code"], Size(*(row[name] for name in Size._fields)))
+        for row in sorted(rows, key=lambda row: row["n_code"])
+    ]
 
 
-class AnswerSize(NamedTuple):
-    """How queries read the answer of their code."""
-
-    tile: int
-    columns: int
-    n_warp: int
+_TABLE = read(PATH)
+_TRIED: dict[str, Size] = {}
 
 
-ANSWER = AnswerSize(tile=64, columns=128, n_warp=4)
+def size_of(kernel: str, n_code: int) -> Size:
+    """The size of a kernel: the row for the least number of codes that is enough, else for the largest."""
+    if kernel in _TRIED:
+        return _TRIED[kernel]
+    rows = [row for row in _TABLE if row.kernel == kernel]
+    return next((row.size for row in rows if row.n_code >= n_code), rows[-1].size)
 
 
-class CausalSize(NamedTuple):
-    """How a segment is attended to, tile by tile."""
+@contextmanager
+def trying(kernel: str, size: Size) -> Iterator[None]:
+    """Have a kernel cut its work otherwise, in what is traced meanwhile."""
+    _TRIED[kernel] = size
+    try:
+        yield
+    finally:
+        del _TRIED[kernel]
 
-    tile: int
-    chunk: int
-    columns: int
-    n_warp: int
-    n_stage: int
 
-
-def of_causal(n_code: int) -> CausalSize:
-    """By the number of key codes."""
-    if n_code > 128:
-        return CausalSize(tile=64, chunk=128, columns=64, n_warp=8, n_stage=1)
-    return CausalSize(tile=128, chunk=128, columns=128, n_warp=8, n_stage=2)
+def n_tile(length: int, n_row: int, tile: int) -> int:
+    """Tiles of a program that finds codes: more than one only where that leaves programs for all."""
+    return min(max(length * n_row // (4 * N_PROCESSOR * tile), 1), MAX_TILES)
 
 
 def n_segment(length: int, n_row: int, tile: int) -> int:
     """Segments of a sequence that are worked on at once: about one program for each processor."""
-    wanted = max(N_PROGRAM // 4 // n_row, 1)
-    return min(wanted, -(-length // tile))
-
-
-class GradSize(NamedTuple):
-    """How gradients of a segment are found, tile by tile."""
-
-    tile: int
-    n_warp: int
-    n_stage: int
-
-
-GRAD_QUERIES = GradSize(tile=64, n_warp=8, n_stage=2)
-GRAD_KEYS = GradSize(tile=32, n_warp=8, n_stage=2)
+    return min(max(N_PROCESSOR // n_row, 1), -(-length // tile))

@@ -120,8 +120,8 @@ def causal_attention(
     batch, length, n_key_head, width = keys.v.shape
     n_head = queries.codes.shape[2]
     n_padded, chunk = padded_codes(books.k.shape[1])
-    size = sizes.of_causal(n_padded)
-    each = segment_len(length, batch * n_head, size.tile)
+    size = sizes.size_of("causal", n_padded)
+    each = segment_len(length, batch * n_head, max(size.tile, sizes.size_of("sums", n_padded).tile))
     sums = segment_sums(keys.codes, keys.v, books.k.shape[1], each)
     tables = Tables.of(books, n_padded, keys.v.dtype)
     before = before_segments(sums, first_sums(coded_of(state), n_padded))

@@ -96,11 +96,11 @@ def causal_gradients(
     return lax.cond(
         jnp.any(tables.is_wide),
         lambda: plain_gradients(queries, keys, books, state, form, out, lse, d_out, d_lse),
-        lambda: _gradients(queries, keys, books, state, tables, out, lse, d_out, d_lse),
+        lambda: narrow_gradients(queries, keys, books, state, tables, out, lse, d_out, d_lse),
     )
 
 
-def _gradients(
+def narrow_gradients(
     queries: Queries,
     keys: Keys,
     books: Books,
@@ -111,12 +111,14 @@ def _gradients(
     d_out: Array,
     d_lse: Array,
 ) -> Gradients:
+    """Gradients where no head is wide, see `Tables`."""
     batch, length, n_key_head, _ = keys.v.shape
     n_head, dtype = queries.codes.shape[2], keys.v.dtype
     delta = jnp.sum(out.astype(F32) * d_out.astype(F32), axis=-1) - d_lse
     top = lookup(tables.top, queries.codes)
     rows = RowData(queries.codes, d_out, jnp.exp(top - lse), delta)
-    each = segment_len(length, batch * n_head, max(sizes.GRAD_QUERIES.tile, sizes.SUMS.tile))
+    used = (sizes.size_of(name, books.k.shape[1]).tile for name in ("sums", "grad_queries", "grad_keys"))
+    each = segment_len(length, batch * n_head, max(used))
     width = books.k.shape[2]
     scale = jnp.asarray(books.scale, F32)
     book_q, book_k = (
@@ -146,7 +148,7 @@ def _of_queries(
 ) -> tuple[Array, Array]:
     """Gradients of queries `[B, T, H, D]` and of the bias by segment `[B, H, S]`."""
     batch, length, n_head, _ = rows.d_out.shape
-    size, n_segment = sizes.GRAD_QUERIES, pl.cdiv(length, each)
+    size, n_segment = sizes.size_of("grad_queries", weight.shape[2]), pl.cdiv(length, each)
     run = launch(
         partial(_query_gradient_kernel, tile=size.tile, n_tile=each // size.tile),
         (
@@ -165,7 +167,7 @@ def _of_keys(
 ) -> tuple[Array, Array]:
     """Gradients of keys and of values, `[B, T, H, ...]` by query head."""
     batch, length, n_head, value_width = rows.d_out.shape
-    size = sizes.GRAD_KEYS
+    size = sizes.size_of("grad_keys", weight.shape[1])
     run = launch(
         partial(_key_gradient_kernel, tile=size.tile, n_tile=each // size.tile),
         (

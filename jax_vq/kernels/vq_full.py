@@ -43,7 +43,7 @@ def count_keys(keys: Keys, books: Books) -> Seen:
     """`ops.vq_full.count_keys`."""
     batch, length, n_head, _ = keys.v.shape
     n_code = books.k.shape[1]
-    each = segment_len(length, batch * n_head, sizes.SUMS.tile)
+    each = segment_len(length, batch * n_head, sizes.size_of("sums", n_code).tile)
     sums = segment_sums(keys.codes, keys.v, n_code, each)
     count = jnp.sum(sums.numbers[..., :n_code].astype(jnp.int32), axis=2, dtype=jnp.int32)
     total = jnp.sum(sums.vectors[..., :n_code, :], axis=2)
@@ -70,14 +70,14 @@ def full_attention(queries: Queries, keys: Keys, books: Books, seen: Seen) -> Ar
     """`ops.vq_full.full_attention`."""
     batch, length, n_head = queries.codes.shape
     rows = answers(books, seen, keys.v.dtype)
-    width, size = rows.shape[-1], sizes.ANSWER
+    width, size = rows.shape[-1], sizes.size_of("answer", rows.shape[2])
     n_column = min(power_of_two(width), size.columns)
     run = launch(
         partial(_answer_kernel, tile=size.tile, n_column=n_column),
         jax.ShapeDtypeStruct((batch, length, n_head, width), rows.dtype),
         (pl.cdiv(length, size.tile), batch * n_head, pl.cdiv(width, n_column)),
         size.n_warp,
-        1,
+        size.n_stage,
     )
     return run(queries.codes, rows)
 

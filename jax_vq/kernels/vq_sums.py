@@ -36,7 +36,7 @@ class Sums(NamedTuple):
 
 def padded_codes(n_code: int) -> tuple[int, int]:
     """Codes in whole chunks, and in one chunk."""
-    chunk = min(power_of_two(n_code), sizes.SUMS.chunk)
+    chunk = min(power_of_two(n_code), sizes.size_of("sums", n_code).chunk)
     return -(-n_code // chunk) * chunk, chunk
 
 
@@ -57,7 +57,7 @@ def segment_sums(
       weights, numbers: float32 `[B, T, K]`, by default 1.
     """
     batch, length, n_head, width = vectors.shape
-    size = sizes.SUMS
+    size = sizes.size_of("sums", n_code)
     n_padded, chunk = padded_codes(n_code)
     n_column = min(power_of_two(width), size.columns)
     n_segment = pl.cdiv(length, segment_len)

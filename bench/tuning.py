@@ -1,0 +1,212 @@
+"""Sizes of the GPU kernels' tiles: candidates, and the calls that they are timed in. Needs jax."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench import device_time, host, measure
+from jax_vq.kernels import quantize, sizes, vq_causal, vq_causal_grad, vq_full, vq_sums
+from jax_vq.kernels.sizes import Row, Size
+from jax_vq.ops.vq_blocks import Form, Keys
+from jax_vq.ops.vq_causal import Books, Queries
+from jax_vq.ops.vq_state import empty_state
+from vq_common.tolerances import TOLERANCES, relative_rms
+
+N_CALL = 6  # timed; the first is left out
+# Codes are a choice: two that are as near as rounding tells may change places.
+MAX_CHANGED = 1e-4
+
+
+class Shape(NamedTuple):
+    """Of the arrays that sizes are chosen for."""
+
+    length: int
+    n_head: int
+    width: int
+
+
+class Call(NamedTuple):
+    """A step that a kernel is the most of, for one number of codes."""
+
+    kernel: str
+    n_code: int
+    run: Callable[..., Any]
+    arrays: tuple[Any, ...]
+
+
+class Tried(NamedTuple):
+    """A size: its milliseconds, or why it has none."""
+
+    size: Size
+    ms: float | None
+    reason: str | None = None
+
+
+def candidates(kernel: str, n_code: int, width: int) -> list[Size]:
+    """Sizes worth trying, by kernel; those that do not fit a processor's memory fail to compile."""
+    wide = min(max(width, 16), 128)
+    half = max(wide // 2, 16)
+    choices = {
+        "codes": ((64, 128, 256), (wide,), (4, 8), (2, 3, 4)),
+        "sums": ((64, 128), tuple({half, wide}), (4, 8), (2, 3, 4)),
+        "answer": ((32, 64, 128), (wide,), (4, 8), (1,)),
+        "causal": ((64, 128), tuple({half, wide}), (4, 8), (1, 2, 3)),
+        "grad_queries": ((32, 64, 128), (wide,), (4, 8), (1, 2, 3)),
+        "grad_keys": ((32, 64), (wide,), (4, 8), (1, 2, 3)),
+    }
+    tiles, columns, warps, stages = choices[kernel]
+    chunk = min(n_code, 128)
+    return [Size(tile, chunk, *rest) for tile, *rest in itertools.product(tiles, columns, warps, stages)]
+
+
+def calls(shape: Shape, n_code: int) -> Iterator[Call]:
+    """One call of every kernel that is for so many codes, on Gaussian vectors."""
+    length, n_head, width = shape
+    key = jax.random.key(0)
+
+    def draw(i: int, *size: int) -> Any:
+        return jax.random.normal(jax.random.fold_in(key, i), size, jnp.float32)
+
+    q, k, v, d_out = (draw(i, 1, length, n_head, width).astype(jnp.bfloat16) for i in range(4))
+    book_q, book_k = (draw(i, n_head, n_code, width) for i in (4, 5))
+    codes_q, codes_k = quantize.finite_codes(q, book_q), quantize.finite_codes(k, book_k)
+    keys, queries = Keys(codes_k, v, None, None), Queries(None, codes_q, None)
+    books = Books.of(book_q, book_k, None, width**-0.5)
+    state, form = empty_state(1, (n_head, n_code), (width, width), v.dtype, 0, 0), Form(width**-0.5)
+    seen = vq_full.count_keys(keys, books)
+    each = vq_causal.segment_len(length, n_head, 128)
+    yield Call("codes", n_code, quantize.finite_codes, (q, book_q))
+    yield Call("sums", n_code, lambda c, v: vq_sums.segment_sums(c, v, n_code, each), (codes_k, v))
+    yield Call("answer", n_code, partial(_full, books), (queries, keys, seen))
+    if n_code > sizes.MAX_CODES:
+        return
+    yield Call("causal", n_code, partial(_causal, books, form), (queries, keys, state))
+    if n_code > sizes.MAX_CODES_GRAD:
+        return
+    out, lse = _causal(books, form, queries, keys, state)
+    arrays = queries, keys, state, out, lse, d_out
+    for kernel in ("grad_queries", "grad_keys"):
+        yield Call(kernel, n_code, partial(_gradients, books, form), arrays)
+
+
+def _full(books: Books, queries: Queries, keys: Keys, seen: Any) -> Any:
+    return vq_full.full_attention(queries, keys, books, seen)
+
+
+def _causal(books: Books, form: Form, queries: Queries, keys: Keys, state: Any) -> Any:
+    return vq_causal.causal_attention(queries, keys, books, state, form)[:2]
+
+
+def _gradients(
+    books: Books, form: Form, queries: Queries, keys: Keys, state: Any, out: Any, lse: Any, d_out: Any
+) -> Any:
+    del form
+    tables = vq_causal.Tables.of(books, vq_sums.padded_codes(books.k.shape[1])[0], keys.v.dtype)
+    arrays = queries, keys, books, state, tables, out, lse, d_out, jnp.zeros_like(lse)
+    found = vq_causal_grad.narrow_gradients(*arrays)
+    return found.q, found.k, found.v
+
+
+def expected(call: Call) -> Any:
+    """What a call gives with the size that is in use."""
+    return jax.jit(call.run)(*call.arrays)
+
+
+def attempts(call: Call, tried: list[Size], target: Any) -> Iterator[Tried]:
+    """Every size, compiled side by side, then verified and timed one after the other."""
+    lowered = [_lowered(call, size) for size in tried]
+    with ThreadPoolExecutor() as pool:
+        programs = [pool.submit(_compiled, one) for one in lowered]
+        for size, program in zip(tried, programs, strict=True):
+            yield _attempt(call, size, program.result(), target)
+
+
+def _lowered(call: Call, size: Size) -> Any:
+    """A call for a size, or why it has none."""
+    try:
+        with sizes.trying(call.kernel, size):
+            return jax.jit(lambda *arrays: call.run(*arrays)).lower(*call.arrays)
+    except (ValueError, NotImplementedError) as error:
+        return _first_line(error)
+
+
+def _compiled(lowered: Any) -> Any:
+    """A program, or why there is none: a kernel can ask for more memory than a processor has."""
+    if isinstance(lowered, str):
+        return lowered
+    try:
+        return lowered.compile()
+    except RuntimeError as error:
+        return _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
+def difference(call: Call, found: Any, expected: Any) -> str | None:
+    """What is wrong with the results of another size, or None."""
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        if call.kernel == "codes":
+            changed = float(jnp.mean(one != other))
+            if changed > MAX_CHANGED:
+                return f"{changed:.1%} of the codes change"
+            continue
+        limit = max(TOLERANCES["bfloat16"])
+        error = relative_rms(np.asarray(one, np.float64), np.asarray(other, np.float64))
+        if not error <= limit:
+            return f"relative RMS difference {error:.1e}, limit {limit:.0e}"
+    return None
+
+
+def milliseconds(program: Any, arrays: tuple[Any, ...]) -> float:
+    """The median call, by the device's clock where there is one."""
+    jax.block_until_ready(program(*arrays))
+    found = None
+    if jax.default_backend() != "cpu":
+        found = device_time.spans_ms(lambda: program(*arrays), jax.block_until_ready, N_CALL)
+    if found is None:
+        times = measure.time_calls(
+            lambda: program(*arrays), jax.block_until_ready, n_repeat=N_CALL, max_repeat_s=10.0
+        )
+        found = times
+    return measure.spread(found[1:]).ms_median
+
+
+def _attempt(call: Call, size: Size, program: Any, target: Any) -> Tried:
+    if isinstance(program, str):
+        return Tried(size, None, program)
+    wrong = difference(call, program(*call.arrays), target)
+    return Tried(size, None, wrong) if wrong else Tried(size, milliseconds(program, call.arrays))
+
+
+def write(path: Path, rows: list[tuple[Row, float]], shape: Shape, kept: list[Row]) -> None:
+    """A table of the rows that were found, with their milliseconds, and of those kept as they were."""
+    made = {
+        "device": jax.devices()[0].device_kind,
+        "commit": host.commit(),
+        "versions": host.versions(),
+        "shape": shape._asdict(),
+    }
+    lines = [
+        {
+            "kernel": row.kernel,
+            "n_code": row.n_code,
+            **row.size._asdict(),
+            **({} if ms is None else {"ms": ms}),
+        }
+        for row, ms in (*rows, *((row, None) for row in kept))
+    ]
+    lines.sort(key=lambda line: (line["kernel"], line["n_code"]))
+    text = ",\n    ".join(json.dumps(line) for line in lines)
+    path.write_text(
+        f'{{\n  "made": {json.dumps(made)},\n  "rows": [\n    {text}\n  ]\n}}\n', encoding="utf-8"
+    )

@@ -1,0 +1,74 @@
+"""`python -m bench tune`: it verifies what it times, and its table is what the kernels read."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bench import tuning
+from bench.__main__ import main
+from jax_vq.kernels import sizes, vq_full
+
+QUICK = ["tune", "--quick", "--kernel", "answer"]
+
+
+def test_the_fastest_size_is_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "sizes.json"
+    assert main([*QUICK, "--out", str(path)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if " ms" in line]
+    rows = {(row.kernel, row.n_code): row.size for row in sizes.read(path)}
+    assert len(lines) == 2
+    assert f"tile {rows['answer', 16].tile}, " in lines[0]  # the fastest comes first
+    # All other rows are kept as they were.
+    kept = {(row.kernel, row.n_code): row.size for row in sizes.read(sizes.PATH)}
+    assert {name: size for name, size in rows.items() if name != ("answer", 16)} == kept
+
+
+def test_a_size_that_gives_something_else_is_not_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = vq_full.full_attention
+
+    def wrong(*arguments: Any) -> Any:
+        is_tried = "answer" in sizes._TRIED
+        return right(*arguments) * (jnp.asarray(1.1 if is_tried else 1.0, jnp.bfloat16))
+
+    monkeypatch.setattr(vq_full, "full_attention", wrong)
+    path = tmp_path / "sizes.json"
+    assert main([*QUICK, "--out", str(path)]) == 1
+    found = capsys.readouterr().out
+    assert found.count("relative RMS difference 1.0e-01, limit 2e-02") == 2
+    assert "no size is right" in found
+    assert not path.exists()
+
+
+def test_codes_may_change_where_they_tie_alone() -> None:
+    call = tuning.Call("codes", 8, jnp.asarray, ())
+    codes = jnp.zeros((1, 1000, 1), jnp.int32)
+    assert tuning.difference(call, codes, codes) is None
+    assert tuning.difference(call, codes.at[0, 3].set(1), codes) == "0.1% of the codes change"
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of a machine without a GPU")
+def test_times_of_a_cpu_are_not_installed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune"]) == 2
+    assert "nothing can be tuned here: Triton compiles for a GPU" in capsys.readouterr().err
+    assert main([*QUICK, "--install"]) == 2
+    assert "--install needs real times" in capsys.readouterr().err
+
+
+def test_an_unknown_kernel_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "--quick", "--kernel", "codez"]) == 2
+    assert "--kernel must be one of answer, causal, codes" in capsys.readouterr().err
+
+
+def test_a_size_is_of_the_least_row_that_is_enough() -> None:
+    rows = {row.n_code: row.size for row in sizes.read(sizes.PATH) if row.kernel == "codes"}
+    small, large = min(rows), max(rows)
+    assert sizes.size_of("codes", 3) == rows[small]
+    assert sizes.size_of("codes", small + 1) == sizes.size_of("codes", large + 1) == rows[large]
+    with sizes.trying("codes", rows[large]):
+        assert sizes.size_of("codes", 3) == rows[large]
+    assert sizes.size_of("codes", 3) == rows[small]
