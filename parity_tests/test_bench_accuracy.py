@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from bench import __main__ as command_line
-from bench import accuracy_report, captures, models, registry
+from bench import accuracy_report, captures, models, registry, session
 from bench.accuracy import exact_attention, quantize_error
 from bench.process import ChildDied
 from bench.suites import accuracy, capture
 from bench.sweep import Workers
-from parity_tests.test_bench import InProcess, of, small_job, write_config
+from parity_tests.test_bench import Clock, InProcess, of, small_job, too_late, write_config
 from vq_common import oracle
 
 ABOUT = {
@@ -261,6 +261,22 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
     assert run(tmp_path, *asked, start_worker=Interrupted) == 130
     found = of(tmp_path / "out")
     assert {r["mechanism"] for r in found} <= {"exact"}
+    assert (tmp_path / "out" / "accuracy.md").exists()
+
+
+@pytest.mark.parametrize("step", ["prepare", "fill", "verify"])
+def test_the_end_of_the_run_while_a_job_begins_skips_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    pytest.importorskip("torch")
+    write_captures(tmp_path / "captures")
+    asked = ("--layers", "tiny", "--mechanism", "vq_qk", "--codes", "7", "11", "13")
+    monkeypatch.setattr(session, "time", Clock())
+    late = too_late(InProcess, step, 11)
+    assert run(tmp_path, *asked, "--max-run-s", "1e6", start_worker=late) == 0
+    found = of(tmp_path / "out")
+    assert [(r["codes_k"], r["status"]) for r in found] == [(7, "ok"), (11, "skipped"), (13, "skipped")]
+    assert all("max_run_s is 1e+06" in r["reason"] for r in found[1:])
     assert (tmp_path / "out" / "accuracy.md").exists()
 
 
