@@ -1,15 +1,18 @@
 """The suites capture and accuracy: what a capture must be, errors, refusal, resume."""
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from bench import __main__ as command_line
-from bench import accuracy_report, captures, models, registry, session
+from bench import accuracy_report, captures, models, plot, registry, session
 from bench.accuracy import exact_attention, quantize_error
 from bench.process import ChildDied
 from bench.suites import accuracy, capture
@@ -145,11 +148,15 @@ def test_quantize_error_is_that_of_the_nearest_code(monkeypatch: pytest.MonkeyPa
 # --- the suite -------------------------------------------------------------------------------
 
 
-def test_every_mechanism_is_measured_once_at_what_changes_it(tmp_path: Path) -> None:
+def test_every_mechanism_is_measured_once_at_what_changes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("torch")
     write_captures(tmp_path / "captures")
     assert run(tmp_path) == 0
     found = of(tmp_path / "out", status="ok")
+    counted = [line.split("]")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    assert counted == [f"[{n:>2}/{len(found)}" for n in range(1, len(found) + 1)]
     counts = {
         layer: {
             name: sum(r["mechanism"] == name for r in found if r["layer"] == layer)
@@ -337,6 +344,23 @@ def test_the_front_is_what_nothing_beats_in_both() -> None:
     figures = [(1.0, 0.5), (2.0, 0.6), (3.0, 0.1), (3.5, 0.1), (4.0, 0.05)]
     found = [{"ms_median": ms, "exact_error": error} for ms, error in figures]
     assert [r["ms_median"] for r in accuracy_report.front(found)] == [1.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    "low, high",
+    [(27, 190), (35, 330), (60, 65), (60, 60.5), (7, 12), (0.01, 2e5), (1e-9, 1e9), (99, 101), (60, 900)],
+)
+def test_labels_of_a_logarithmic_axis_stay_apart(low: float, high: float) -> None:
+    figure = Figure(figsize=(4.6, 3.9))
+    axis = figure.subplots()
+    axis.set_xscale("log")
+    axis.set_xlim(low, high)
+    plot.label_log_x(axis)
+    axis.set_xlim(low, high)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = [label.get_window_extent(renderer) for label in axis.get_xticklabels(which="both")]
+    assert len(boxes) >= 2
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def test_a_job_without_a_layer_keeps_its_hash() -> None:
