@@ -7,7 +7,7 @@ from typing import Any
 
 from bench import page
 from bench.markdown import bullets, table
-from bench.plot import COLORS
+from bench.plot import COLORS, label_log_x
 from bench.records import Record
 from bench.registry import MECHANISMS
 from bench.report import provenance_list
@@ -137,6 +137,7 @@ def plot(path: Path, found: Sequence[Record]) -> None:
                     r["ms_median"], color=COLORS["exact"], label="exact attention"
                 )
         axis.set_xscale("log")
+        label_log_x(axis)
         if inexact:
             axis.set_yscale("log")
         axis.grid(alpha=0.3, which="both")

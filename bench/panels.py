@@ -7,7 +7,7 @@ from typing import Any
 
 from bench import sections
 from bench.groups import Group
-from bench.plot import CALLS, COLORS, STYLES
+from bench.plot import CALLS, COLORS, STYLES, label_log_x
 
 MARKERS = "osD^vPX*"
 N_COLUMN = 2
@@ -65,5 +65,6 @@ def _draw_trade(panel: Any, group: Group, is_causal: bool) -> None:
         panel.loglog(ms, errors, ":", marker="o", markersize=4, color=color, label=label)
         for length, x, y in zip(of_label, ms, errors, strict=True):
             panel.annotate(f"{length:,}", (x, y), fontsize=6)
+    label_log_x(panel)
     panel.set_xlabel("one call, ms (median of layers)")
     panel.set_ylabel("relative error to exact attention (median of layers)")

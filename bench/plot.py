@@ -1,7 +1,9 @@
 """The log-log plot of time against length."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bench import fit
 from bench.records import Record
@@ -27,6 +29,7 @@ CALLS = {
     "fwd+bwd": "forward and backward, ms",
     "step": "one token, ms",
 }
+MOST_TICKS = 7  # whose labels stay apart in a panel
 STYLES = {"jax": ("-", "o"), "torch": ("--", "s")}
 
 
@@ -71,6 +74,25 @@ def write(path: Path, found: Sequence[Record]) -> None:
     panels[0][0].set_ylabel(CALLS[found[0]["direction"] if found else "fwd"])
     figure.suptitle(subtitle(found), fontsize=9)
     figure.savefig(path, dpi=150)
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers for a logarithmic axis: the fewest of one kind of which there are three or more."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found: list[float] = []
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), [n / 10 for n in range(10, 100)]):
+        every = (step * 10.0**power for power in powers for step in steps)
+        found = [tick for tick in every if low <= tick <= high]
+        if len(found) >= 3:
+            break
+    return found[:: -(-len(found) // MOST_TICKS)] if len(found) > 1 else [low, high]
+
+
+def label_log_x(axis: Any) -> None:
+    """Few ticks with plain numbers on the logarithmic x of a panel; matplotlib's own overlap."""
+    ticks = log_ticks(*axis.get_xlim())
+    axis.set_xticks(ticks, [f"{tick:.4g}" for tick in ticks])
+    axis.set_xticks([], minor=True)
 
 
 def subtitle(found: Sequence[Record], *, has_codes: bool = True) -> str:

@@ -123,7 +123,7 @@ class Session:
         self._done = self.ledger.done()
         if OBSERVED in self.options.extras and self._keeps_peak:
             self.points.sort(key=lambda item: (registry.position(item[1].mechanism), item[1][1:]))
-        if self._pending():
+        if self._pending() and not self._is_over():
             self._find_ceilings()
             self._prepare()
 
@@ -146,6 +146,13 @@ class Session:
     def _pending(self) -> list[tuple[str, Point]]:
         return [item for item in self.points if self.ledger.identity(*item) not in self._done]
 
+    def _is_over(self) -> bool:
+        """Whether the time of the run has passed: what is left is skipped, and nothing prepared for it.
+
+        A worker that has not answered soon after is ended by `Pool`, which says nothing of what it did.
+        """
+        return time.monotonic() - self.begin > self.options.bench.max_run_s
+
     def _note(self, text: str) -> None:
         self.notes.append(text)
         self.progress.line(text)
@@ -155,7 +162,7 @@ class Session:
         source = sources.get(self.job.input, self.job.layer)
         self.progress.now(f"preparing inputs from {source}")
         answer = self.pool.ask(self._preparing, {"do": "prepare"})
-        if answer["status"] != "ok":
+        if answer["status"] != "ok" and not self._is_over():
             raise RunError(f"inputs could not be prepared: {answer['reason']}")
 
     @property
@@ -192,16 +199,19 @@ class Session:
             for backend, point in self._pending()
             if not registry.unsupported(backend, self.job, point)
         )
-        if not forms:
+        if not forms or self._is_over():
             return
         shortest = min(self.options.bench.lengths)
         length = verify.verified_length(self.job, shortest, self.options.direction)
         trouble = self._fill(length)
+        if trouble and self._is_over():
+            return
         if trouble:
             raise RunError(f"nothing can be verified: {trouble}")
         verify.write_inputs(self.store, length)
         for mechanism, is_causal in forms:
-            self._verify_form(mechanism, is_causal, length)
+            if not self._is_over():
+                self._verify_form(mechanism, is_causal, length)
 
     def _verify_form(self, mechanism: str, is_causal: bool, length: int) -> None:
         name = fit.curve_name(mechanism, is_causal)
@@ -232,6 +242,8 @@ class Session:
             key = backend, mechanism, is_causal
             if answer["status"] == "skipped":
                 self.unavailable[key] = answer["reason"]
+                continue
+            if backend not in results and self._is_over():
                 continue
             found = {"verified_length": length, "implementation": answer.get("implementation")}
             reason: str | None = f"could not be verified: {answer.get('reason')}"
@@ -270,7 +282,7 @@ class Session:
     def _renew(self, key: Key) -> None:
         """Give a curve a process of its own where the peaks of another one would hide its own."""
         backend = key[0]
-        if OBSERVED in self.options.extras and backend in self._keeps_peak:
+        if OBSERVED in self.options.extras and backend in self._keeps_peak and not self._is_over():
             self._fill(max(self.options.bench.lengths))
             if self._in_process.get(backend) != key:
                 self.pool.end(backend)

@@ -140,6 +140,40 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeWorker]:
     return Fresh
 
 
+class Clock:
+    """`time` of a module whose clock can be set forward."""
+
+    ahead: ClassVar[float] = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+def too_late(kind: Any, step: str, n_code: int) -> Any:
+    """Workers of a kind that do not answer in a step of a job with so many codes, which sets the clock on."""
+    Clock.ahead = 0.0
+
+    class Late(kind):  # type: ignore[misc]
+        def __init__(self, setup: dict[str, Any]) -> None:
+            super().__init__(setup)
+            self.n_code = setup["job"]["codes_k"]
+
+        def send(self, message: dict[str, Any]) -> None:
+            if message["do"] == "use":
+                self.n_code = message["job"]["codes_k"]
+            self.is_late = (message["do"], self.n_code) == (step, n_code)
+            super().send(message)
+
+        def receive(self, timeout_s: float) -> dict[str, Any]:
+            found: dict[str, Any] = super().receive(timeout_s)
+            if getattr(self, "is_late", False):
+                Clock.ahead = 1e7
+                raise ChildDied("no answer within 1 s: stopped")
+            return found
+
+    return Late
+
+
 def of(path: Path, **wanted: Any) -> list[records.Record]:
     found = records.read(path / "records.jsonl")
     return [r for r in found if all(r[key] == value for key, value in wanted.items())]

@@ -1,20 +1,23 @@
 """The suites capture and accuracy: what a capture must be, errors, refusal, resume."""
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from bench import __main__ as command_line
-from bench import accuracy_report, captures, models, registry
+from bench import accuracy_report, captures, models, plot, registry, session
 from bench.accuracy import exact_attention, quantize_error
 from bench.process import ChildDied
 from bench.suites import accuracy, capture
 from bench.sweep import Workers
-from parity_tests.test_bench import InProcess, of, small_job, write_config
+from parity_tests.test_bench import Clock, InProcess, of, small_job, too_late, write_config
 from vq_common import oracle
 
 ABOUT = {
@@ -145,11 +148,15 @@ def test_quantize_error_is_that_of_the_nearest_code(monkeypatch: pytest.MonkeyPa
 # --- the suite -------------------------------------------------------------------------------
 
 
-def test_every_mechanism_is_measured_once_at_what_changes_it(tmp_path: Path) -> None:
+def test_every_mechanism_is_measured_once_at_what_changes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("torch")
     write_captures(tmp_path / "captures")
     assert run(tmp_path) == 0
     found = of(tmp_path / "out", status="ok")
+    counted = [line.split("]")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    assert counted == [f"[{n:>2}/{len(found)}" for n in range(1, len(found) + 1)]
     counts = {
         layer: {
             name: sum(r["mechanism"] == name for r in found if r["layer"] == layer)
@@ -264,6 +271,22 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "accuracy.md").exists()
 
 
+@pytest.mark.parametrize("step", ["prepare", "fill", "verify"])
+def test_the_end_of_the_run_while_a_job_begins_skips_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    pytest.importorskip("torch")
+    write_captures(tmp_path / "captures")
+    asked = ("--layers", "tiny", "--mechanism", "vq_qk", "--codes", "7", "11", "13")
+    monkeypatch.setattr(session, "time", Clock())
+    late = too_late(InProcess, step, 11)
+    assert run(tmp_path, *asked, "--max-run-s", "1e6", start_worker=late) == 0
+    found = of(tmp_path / "out")
+    assert [(r["codes_k"], r["status"]) for r in found] == [(7, "ok"), (11, "skipped"), (13, "skipped")]
+    assert all("max_run_s is 1e+06" in r["reason"] for r in found[1:])
+    assert (tmp_path / "out" / "accuracy.md").exists()
+
+
 def test_quick_needs_no_capture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     monkeypatch.setattr(accuracy, "QUICK_LENGTH", 64)
@@ -321,6 +344,23 @@ def test_the_front_is_what_nothing_beats_in_both() -> None:
     figures = [(1.0, 0.5), (2.0, 0.6), (3.0, 0.1), (3.5, 0.1), (4.0, 0.05)]
     found = [{"ms_median": ms, "exact_error": error} for ms, error in figures]
     assert [r["ms_median"] for r in accuracy_report.front(found)] == [1.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    "low, high",
+    [(27, 190), (35, 330), (60, 65), (60, 60.5), (7, 12), (0.01, 2e5), (1e-9, 1e9), (99, 101), (60, 900)],
+)
+def test_labels_of_a_logarithmic_axis_stay_apart(low: float, high: float) -> None:
+    figure = Figure(figsize=(4.6, 3.9))
+    axis = figure.subplots()
+    axis.set_xscale("log")
+    axis.set_xlim(low, high)
+    plot.label_log_x(axis)
+    axis.set_xlim(low, high)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = [label.get_window_extent(renderer) for label in axis.get_xticklabels(which="both")]
+    assert len(boxes) >= 2
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def test_a_job_without_a_layer_keeps_its_hash() -> None:

@@ -14,12 +14,14 @@ from bench.inputs import Store
 from bench.prepare import Preparer
 from bench.suites import codebook
 from parity_tests.test_bench import (  # noqa: F401
+    Clock,
     FakeBackend,
     InProcess,
     fake,
     of,
     options,
     small_job,
+    too_late,
     write_config,
 )
 from vq_common import BenchConfig, oracle
@@ -110,6 +112,25 @@ def test_an_interrupt_keeps_all_jobs_and_resume_goes_on(tmp_path: Path, fake: An
     assert not (tmp_path / "records.old.jsonl").exists()
     assert runner.run_all(asked, codes_page.write, fake) == 0
     assert len(of(tmp_path)) == 7
+
+
+@pytest.mark.parametrize("step", ["ceilings", "prepare", "fill", "verify", "measure"])
+def test_the_end_of_the_run_in_any_step_skips_the_rest(
+    tmp_path: Path,
+    fake: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+) -> None:
+    monkeypatch.setattr(session, "time", Clock())
+    asked = runs(tmp_path)
+    assert runner.run_all(asked, codes_page.write, too_late(fake, step, CODES[1])) == 0
+    assert len(of(tmp_path)) == sum(len(session.plan(options)) for options in asked)
+    assert {r["codes_k"] for r in of(tmp_path, status="ok")} == {CODES[0]}
+    skipped = of(tmp_path, status="skipped")
+    assert {r["codes_k"] for r in skipped} == set(CODES[1:])
+    assert all("max_run_s is 1e+06" in r["reason"] for r in skipped)
+    assert len(of(tmp_path, status="failed")) == (step == "measure")
+    assert (tmp_path / "codebook.md").exists()
 
 
 def test_tables_from_codes_to_codes_that_are_too_large_are_skipped(tmp_path: Path, fake: Any) -> None:  # noqa: F811

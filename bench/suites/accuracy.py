@@ -18,7 +18,7 @@ from bench.progress import Progress
 from bench.records import Record
 from bench.registry import MECHANISMS, OWN_KERNEL
 from bench.runner import OVERRUN_S
-from bench.session import Options, Session
+from bench.session import Options, Session, plan
 from bench.sweep import Judge, JudgedPool, Layer, Task, Workers, tasks
 from vq_common import TransformerConfig
 from vq_common.config import DEVICES
@@ -159,23 +159,21 @@ def _run(
     notes: list[str] = []
     known: dict[str, Any] = {}
     is_interrupted = False
-    try:
-        for number, task in enumerate(planned):
-            ledger = Ledger(
-                out / "records.jsonl",
-                options.suite,
-                task.job,
-                is_resume=options.is_resume or number > 0,
-            )
-            is_interrupted = _run_task(options, task, lengths, ledger, workers, known, notes, begin)
-            found += ledger.current()
-            if is_interrupted:
-                break
-    finally:
-        workers.close()
-        shutil.rmtree(folder, ignore_errors=True)
-    about = list(dict.fromkeys(task.layer.about for task in planned))
+    runs = [(task, _options(options, task, lengths)) for task in planned]
     with Progress() as progress:
+        progress.begin(sum(len(plan(of_task)) for _, of_task in runs))
+        try:
+            for number, (task, of_task) in enumerate(runs):
+                is_resume = options.is_resume or number > 0
+                ledger = Ledger(out / "records.jsonl", options.suite, task.job, is_resume=is_resume)
+                is_interrupted = _run_task(of_task, task, ledger, progress, workers, known, notes, begin)
+                found += ledger.current()
+                if is_interrupted:
+                    break
+        finally:
+            workers.close()
+            shutil.rmtree(folder, ignore_errors=True)
+        about = list(dict.fromkeys(task.layer.about for task in planned))
         for line in accuracy_report.write(out, found, about, notes):
             progress.line(line)
     if is_interrupted:
@@ -183,11 +181,19 @@ def _run(
     return 1 if refusals(found) else 0
 
 
+def _options(options: Options, task: Task, lengths: list[int] | None) -> Options:
+    """The options of one job."""
+    layer = task.layer
+    asked = sorted({min(length, layer.length) for length in lengths or ()}) if layer.is_causal else []
+    bench = dataclasses.replace(options.bench, lengths=tuple(asked or [layer.length]))
+    return options._replace(job=task.job, bench=bench, mechanisms=task.mechanisms, causal=(layer.is_causal,))
+
+
 def _run_task(
     options: Options,
     task: Task,
-    lengths: list[int] | None,
     ledger: Ledger,
+    progress: Progress,
     workers: Workers,
     known: dict[str, Any],
     notes: list[str],
@@ -195,14 +201,8 @@ def _run_task(
 ) -> bool:
     """Verify and measure one job; whether it was interrupted."""
     layer, folder = task.layer, options.out / "inputs"
-    asked = sorted({min(length, layer.length) for length in lengths or ()}) if layer.is_causal else []
     # Where codebooks are fitted on the module's own text, that is as long again.
     stored = layer.length if layer.read else 2 * layer.length
-    bench = options.bench
-    bench = dataclasses.replace(bench, lengths=tuple(asked or [layer.length]))
-    options = options._replace(
-        job=task.job, bench=bench, mechanisms=task.mechanisms, causal=(layer.is_causal,)
-    )
     for path in folder.glob("*.npy"):
         path.unlink()
     store = Store(folder, task.job, stored)
@@ -212,13 +212,12 @@ def _run_task(
     setup = {"device": options.device, "folder": str(folder), "length": stored, "job": task.job.to_json()}
     setups = {backend: setup | {"backend": backend} for backend in options.backends}
     judge = Judge(store, layer.is_causal, known)
-    pool = JudgedPool(setups, workers, begin + bench.max_run_s + OVERRUN_S, judge)
-    with Progress() as progress:
-        for note in ledger.notes:
-            progress.line(note)
-        progress.line(task.title)
-        current = Session(options, pool, ledger, progress, store, begin)
-        try:
-            return current.run()
-        finally:
-            notes += [note for note in current.notes if note not in notes]
+    pool = JudgedPool(setups, workers, begin + options.bench.max_run_s + OVERRUN_S, judge)
+    for note in ledger.notes:
+        progress.line(note)
+    progress.line(task.title)
+    current = Session(options, pool, ledger, progress, store, begin)
+    try:
+        return current.run()
+    finally:
+        notes += [note for note in current.notes if note not in notes]
