@@ -12,7 +12,7 @@ from bench.progress import Progress
 HELP = "tile sizes of the GPU kernels"
 DESCRIPTION = (
     "Times every kernel at a few sizes of its tiles, for several numbers of codes, verifies that each gives "
-    "what the size in use gives, and writes the table of the fastest. With --install it replaces the table in "
+    "what the size in use gives, and writes the table of the fastest. With --install it replaces the one in "
     "use."
 )
 CODES = (128, 512)

@@ -25,7 +25,6 @@ from jax_vq.kernels import sizes
 from jax_vq.kernels.tiles import (
     F32,
     NARROW,
-    as_columns,
     columns,
     dot,
     in_parts,
@@ -42,7 +41,7 @@ from jax_vq.kernels.tiles import (
     write_numbers,
     write_vectors,
 )
-from jax_vq.kernels.vq_sums import Sums, before_segments, padded_codes, segment_sums
+from jax_vq.kernels.vq_sums import Sums, before_segments, padded_codes, read_sums, segment_sums
 from jax_vq.ops.implementations import Kernel, add_kernel
 from jax_vq.ops.vq_blocks import Form, Keys
 from jax_vq.ops.vq_causal import Books, Queries
@@ -170,23 +169,13 @@ def _causal_kernel(
     segment, batch, head = pl.program_id(0), pl.program_id(1) // n_head, pl.program_id(1) % n_head
     key_head = head // (n_head // n_key_head)
     cols = columns(pl.program_id(2), n_column, width)
-    firsts = range(0, n_code, chunk)
+    place, firsts = (batch, key_head, segment), range(0, n_code, chunk)
     lower = lower_triangle(tile)
 
-    def read_sums(first: int) -> tuple[Array, Array]:
-        at = pl.ds(first, chunk)
-        ref = sum_ref.at[batch, key_head, segment, at, cols[0]]
-        there = None if cols[1] is None else jnp.broadcast_to(cols[1][None, :], (chunk, n_column))
-        total = plt.load(ref) if there is None else plt.load(ref, mask=there, other=0)
-        return total, as_columns(plt.load(number_ref.at[batch, key_head, segment, at]))
-
-    def quick(query: Array, hots: list[Array], sums: Any, v: Array) -> tuple[Array, Array, Array, Array]:
+    def quick(query: Array, hots: list[Array], sums: Any) -> tuple[Array, Array, Array, Array]:
         """Output before its division, denominator, weights of the tile and what they are relative to."""
-        out, total, picked = (
-            jnp.zeros((tile, n_column), F32),
-            jnp.zeros((tile,), F32),
-            jnp.zeros((tile, tile), F32),
-        )
+        out, picked = jnp.zeros((tile, n_column), F32), jnp.zeros((tile, tile), F32)
+        total = jnp.zeros((tile,), F32)
         for first, hot, (value, number) in zip(firsts, hots, sums, strict=True):
             weight = read_rows(weight_ref, head, query, first, chunk)
             picked += dot(weight, hot)
@@ -222,14 +211,12 @@ def _causal_kernel(
         key = read_numbers(key_ref, batch, rows, key_head, -2)
         v = read_vectors(v_ref, batch, rows, key_head, cols)
         hots = [one_hot(key, first, chunk, dtype) for first in firsts]
-        out, total, near, top = wide(query, key, sums) if is_wide else quick(query, hots, sums, v)
+        out, total, near, top = wide(query, key, sums) if is_wide else quick(query, hots, sums)
         seen = v
         if contains:
             bad = ~(jnp.abs(v.astype(F32)) < jnp.inf) | (key == -1)[:, None]
-            seen, v = (
-                jnp.where(bad, jnp.zeros_like(v), v),
-                jnp.where((key == -1)[:, None], jnp.full_like(v, jnp.nan), v),
-            )
+            seen = jnp.where(bad, jnp.zeros_like(v), v)
+            v = jnp.where((key == -1)[:, None], jnp.full_like(v, jnp.nan), v)
         out += dot(near.astype(dtype), seen)
         if contains:
             out = jnp.where(dot(lower.astype(dtype), bad.astype(dtype)) > 0, jnp.nan, out)
@@ -248,7 +235,7 @@ def _causal_kernel(
 
         @pl.when(mode == wanted)
         def run(wanted: int = wanted) -> None:
-            sums = [read_sums(first) for first in firsts]
+            sums = [read_sums(sum_ref, number_ref, place, first, chunk, cols) for first in firsts]
             loop(n_tile, partial(step, contains=wanted > 0, is_wide=wanted == 2), sums)
 
 

@@ -44,7 +44,7 @@ from jax_vq.kernels.tiles import (
 )
 from jax_vq.kernels.vq_causal import Tables, first_sums, segment_len
 from jax_vq.kernels.vq_causal import why_not as why_not_forward
-from jax_vq.kernels.vq_sums import Sums, before_segments, padded_codes, segment_sums
+from jax_vq.kernels.vq_sums import Sums, before_segments, padded_codes, read_sums, segment_sums
 from jax_vq.ops.implementations import Kernel, add_kernel
 from jax_vq.ops.quantize import lookup
 from jax_vq.ops.vq_blocks import Form, Keys
@@ -181,16 +181,6 @@ def _of_keys(
     return run(*rows, keys.codes, keys.v, weight, book, *later)
 
 
-def _read_sums(refs: tuple[Any, Any], batch: Any, head: Any, segment: Any, cols: Any) -> tuple[Array, Array]:
-    sum_ref, number_ref = refs
-    n_code = sum_ref.shape[3]
-    at = pl.ds(0, n_code)
-    there = None if cols[1] is None else jnp.broadcast_to(cols[1][None, :], (n_code, cols[0].size))
-    ref = sum_ref.at[batch, head, segment, at, cols[0]]
-    total = plt.load(ref) if there is None else plt.load(ref, mask=there, other=0)
-    return total, as_columns(plt.load(number_ref.at[batch, head, segment, at]))
-
-
 def _query_gradient_kernel(
     query_ref: Any,
     d_out_ref: Any,
@@ -237,7 +227,7 @@ def _query_gradient_kernel(
         ones = jnp.ones((tile, NARROW), dtype)
         return total + dot(hot, v), number + dot(hot, ones), d_bias + jnp.sum(d_code, axis=1)
 
-    sums = _read_sums((sum_ref, number_ref), batch, key_head, segment, cols)
+    sums = read_sums(sum_ref, number_ref, (batch, key_head, segment), 0, n_code, cols)
     *_, d_bias = loop(n_tile, step, (*sums, jnp.zeros((tile,), F32)))
     plt.store(d_bias_ref.at[batch, head, segment], jnp.sum(d_bias))
 
@@ -290,7 +280,7 @@ def _key_gradient_kernel(
         write_vectors(d_k_ref, batch, rows, head, d_cols, dot(d_code.astype(dtype), book))
         return total + dot(shared, d_out), number + dot(shared, in_parts(as_columns(delta), dtype))
 
-    total, number = _read_sums((sum_ref, number_ref), batch, head, segment, cols)
+    total, number = read_sums(sum_ref, number_ref, (batch, head, segment), 0, n_code, cols)
     column = lax.broadcasted_iota(jnp.int32, number.shape, 1)
     loop(n_tile, step, (total, jnp.where(column == 0, number, 0.0)))
 

@@ -13,6 +13,7 @@ from jax_vq.kernels import sizes
 from jax_vq.kernels.tiles import (
     F32,
     NARROW,
+    Rows,
     as_columns,
     columns,
     dot,
@@ -79,6 +80,18 @@ def segment_sums(
         size.n_stage,
     )
     return run(codes, vectors, *(() if weights is None else (weights, numbers)))
+
+
+def read_sums(
+    sum_ref: Any, number_ref: Any, place: tuple[Any, Any, Any], first: int, size: int, cols: Rows
+) -> tuple[Array, Array]:
+    """In a kernel, `Sums` at (batch, head, segment) of the codes from `first` on: `[C, V]`, `[C, NARROW]`."""
+    at = pl.ds(first, size)
+    ref, there = sum_ref.at[*place, at, cols[0]], None
+    if cols[1] is not None:
+        there = jnp.broadcast_to(cols[1][None, :], (size, cols[0].size))
+    total = plt.load(ref) if there is None else plt.load(ref, mask=there, other=0)
+    return total, as_columns(plt.load(number_ref.at[*place, at]))
 
 
 def before_segments(sums: Sums, first: Sums | None, *, is_reverse: bool = False) -> Sums:
