@@ -1,6 +1,8 @@
 """The GPU kernels: what the ops are tested for, of every kernel; interpreted where there is no GPU."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -258,3 +260,21 @@ def test_an_implementation_has_a_known_name(function: str) -> None:
     arrays = arrays if function == "vq_attention" else [arrays[0], arrays[3]]
     with pytest.raises(ValueError, match="implementation must be None or one of xla, triton, found 'cuda'"):
         getattr(jax_vq, function)(*arrays, implementation="cuda")
+
+
+WITHOUT_TRITON = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.endswith("pallas.triton") else find(name, *rest)
+import jax.numpy as jnp, jax_vq
+x, codes = jnp.ones((1, 9, 2, 4), "bfloat16"), jnp.ones((2, 3, 4), "float32")
+arguments = x, x, x, codes, codes
+assert jax_vq.vq_attention(*arguments, is_causal=True, implementation="triton").shape == x.shape
+found = jax_vq.why_xla(jax_vq.vq_attention, *arguments, is_causal=True)
+assert found == {"finite_codes": "there is no kernel", "causal_attention": "there is no kernel"}, found
+"""
+
+
+def test_a_jax_without_triton_runs_plain_xla() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
