@@ -245,6 +245,14 @@ def test_kernels_run_where_they_are_made_for() -> None:
         assert set(found.values()) == {"Triton compiles for a GPU, and this is a CPU"}
 
 
+def test_a_compiled_function_tells_too() -> None:
+    compiled = jax.jit(lambda *x: jax_vq.vq_attention(*x, is_causal=True, **KERNELS))
+    arrays = tuple(jnp.zeros(x.shape, x.dtype) for x in shapes(n_code=16, width=16))
+    compiled.lower(*arrays)
+    for _ in range(2):
+        assert jax_vq.why_xla(compiled, *arrays) == {"finite_codes": None, "causal_attention": None}
+
+
 def test_what_no_kernel_runs_is_what_xla_runs() -> None:
     inputs = inputs_of(q_len=70)
     plain, asked = (

@@ -60,14 +60,16 @@ def _why_not(asked: str | None, step: str, *arguments: Any) -> str | None:
 
 def traced(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function under `jax.jit`; while `why_xla` asks, the one inside, which is traced every time."""
-    inside: Callable[..., Any] = getattr(function, "__wrapped__", function)
+    is_jitted = hasattr(function, "lower")
+    inside: Callable[..., Any] = getattr(function, "__wrapped__", function) if is_jitted else function
     return inside if _LISTENERS else function
 
 
 def why_xla(function: Callable[..., Any], *arguments: Any, **options: Any) -> dict[str, str | None]:
     """Why the steps of a call run as plain XLA on this machine; None for a step that a kernel runs.
 
-    Nothing is computed or compiled.
+    Nothing is computed or compiled. Of a function that jax has compiled and that is called inside, nothing is
+    known: name the one inside.
 
     Args:
       function: `vq_attention`, `nearest_codes`, or what calls them; for the backward pass its gradient.
@@ -83,7 +85,7 @@ def why_xla(function: Callable[..., Any], *arguments: Any, **options: Any) -> di
     found: dict[str, str | None] = {}
     _LISTENERS.append(found)
     try:
-        jax.eval_shape(partial(function, **options), *arguments)
+        jax.eval_shape(partial(traced(function), **options), *arguments)
     finally:
         _LISTENERS.remove(found)
     return found
