@@ -64,6 +64,12 @@ def power_of_two(n: int, low: int = NARROW) -> int:
     return max(1 << (n - 1).bit_length(), low)
 
 
+def place_of(n_head: int, n_key_head: int) -> tuple[Any, Any, Any, Any]:
+    """Segment, example, head and key head of a program, from the first two axes of the grid."""
+    head = pl.program_id(1) % n_head
+    return pl.program_id(0), pl.program_id(1) // n_head, head, head // (n_head // n_key_head)
+
+
 def tokens(start: Any, size: int, length: int) -> Rows:
     """The tokens from `start` on."""
     return pl.ds(start, size), start + jnp.arange(size, dtype=jnp.int32) < length

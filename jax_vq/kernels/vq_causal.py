@@ -32,6 +32,7 @@ from jax_vq.kernels.tiles import (
     loop,
     lower_triangle,
     one_hot,
+    place_of,
     power_of_two,
     read_numbers,
     read_rows,
@@ -166,8 +167,7 @@ def _causal_kernel(
     out_ref, lse_ref = refs[-2:]
     length, n_head, width = out_ref.shape[1:]
     n_key_head, n_code, dtype = v_ref.shape[2], weight_ref.shape[2], v_ref.dtype
-    segment, batch, head = pl.program_id(0), pl.program_id(1) // n_head, pl.program_id(1) % n_head
-    key_head = head // (n_head // n_key_head)
+    segment, batch, head, key_head = place_of(n_head, n_key_head)
     cols = columns(pl.program_id(2), n_column, width)
     place, firsts = (batch, key_head, segment), range(0, n_code, chunk)
     lower = lower_triangle(tile)

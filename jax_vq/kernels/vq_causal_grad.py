@@ -35,6 +35,7 @@ from jax_vq.kernels.tiles import (
     loop,
     lower_triangle,
     one_hot,
+    place_of,
     power_of_two,
     read_numbers,
     read_rows,
@@ -200,8 +201,7 @@ def _query_gradient_kernel(
 ) -> None:
     length, n_head, width = d_out_ref.shape[1:]
     n_key_head, n_code, dtype = v_ref.shape[2], weight_ref.shape[2], v_ref.dtype
-    segment, batch, head = pl.program_id(0), pl.program_id(1) // n_head, pl.program_id(1) % n_head
-    key_head = head // (n_head // n_key_head)
+    segment, batch, head, key_head = place_of(n_head, n_key_head)
     cols = columns(pl.program_id(2), power_of_two(width), width)
     d_cols = columns(pl.program_id(2), book_ref.shape[2], d_q_ref.shape[3])
     lower = lower_triangle(tile)
@@ -251,8 +251,7 @@ def _key_gradient_kernel(
 ) -> None:
     length, n_head, width = d_out_ref.shape[1:]
     n_key_head, n_code, dtype = v_ref.shape[2], weight_ref.shape[2], v_ref.dtype
-    segment, batch, head = pl.program_id(0), pl.program_id(1) // n_head, pl.program_id(1) % n_head
-    key_head = head // (n_head // n_key_head)
+    segment, batch, head, key_head = place_of(n_head, n_key_head)
     cols = columns(pl.program_id(2), power_of_two(width), width)
     d_cols = columns(pl.program_id(2), book_ref.shape[2], d_k_ref.shape[3])
     later = ~lower_triangle(tile, is_strict=True)  # [key, query]: the query is not before the key

@@ -21,6 +21,7 @@ from jax_vq.kernels.tiles import (
     launch,
     loop,
     one_hot,
+    place_of,
     power_of_two,
     read_numbers,
     read_vectors,
@@ -124,7 +125,7 @@ def _sums_kernel(
 ) -> None:
     *more_refs, sum_ref, number_ref = refs
     _, length, n_head, width = vector_ref.shape
-    segment, batch, head = pl.program_id(0), pl.program_id(1) // n_head, pl.program_id(1) % n_head
+    segment, batch, head, _ = place_of(n_head, n_head)
     n_part = pl.cdiv(width, n_column)
     first = (pl.program_id(2) // n_part) * chunk
     cols = columns(pl.program_id(2) % n_part, n_column, width)
