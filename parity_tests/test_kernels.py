@@ -114,6 +114,13 @@ def test_codes_that_differ_in_their_last_bits() -> None:
     np.testing.assert_array_equal(found[0, :, 0], 4 * pattern + 3)
 
 
+def test_counts_keep_all_their_bits_in_half_types() -> None:
+    """Denominators are products with counts: 24 bits of each go through bfloat16."""
+    counts = np.random.default_rng(0).integers(0, 2**24, 500).astype(np.float32)
+    columns = tiles.in_parts(tiles.as_columns(jnp.asarray(counts)), jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(columns, np.float64).sum(1), counts)
+
+
 def test_equal_codes_take_the_first() -> None:
     rng = np.random.default_rng(0)
     x, half = rng.normal(size=(1, 70, 1, 16)), rng.normal(size=(1, 70, 16))
