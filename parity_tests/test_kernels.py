@@ -285,11 +285,26 @@ import jax.numpy as jnp, jax_vq
 x, codes = jnp.ones((1, 9, 2, 4), "bfloat16"), jnp.ones((2, 3, 4), "float32")
 arguments = x, x, x, codes, codes
 assert jax_vq.vq_attention(*arguments, is_causal=True, implementation="triton").shape == x.shape
-found = jax_vq.why_xla(jax_vq.vq_attention, *arguments, is_causal=True)
+found = jax_vq.why_xla(jax_vq.vq_attention, *arguments, is_causal=True, implementation="triton")
 assert found == {"finite_codes": "there is no kernel", "causal_attention": "there is no kernel"}, found
 """
 
 
 def test_a_jax_without_triton_runs_plain_xla() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+PLAIN = """
+import sys
+import jax.numpy as jnp, jax_vq
+x, codes = jnp.ones((1, 9, 2, 4), "bfloat16"), jnp.ones((2, 3, 4), "float32")
+assert jax_vq.vq_attention(x, x, x, codes, codes, is_causal=True).shape == x.shape
+assert "jax.experimental.pallas" not in sys.modules
+"""
+
+
+@pytest.mark.skipif(ON_GPU, reason="kernels run there")
+def test_pallas_is_not_imported_where_no_kernel_runs() -> None:
+    done = subprocess.run([sys.executable, "-c", PLAIN], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -46,8 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not host.is_installed("jax"):
         raise ValueError("the kernels are of jax, which is not installed: pip install 'vq-attention[jax]'")
     tuning = importlib.import_module("bench.tuning")
-    tiles = importlib.import_module("jax_vq.kernels.tiles")
-    reason = tiles.why_not_here("triton" if arguments.quick else None)
+    implementations = importlib.import_module("jax_vq.ops.implementations")
+    reason = implementations.why_not_here("triton" if arguments.quick else None)
     if reason is not None:
         raise ValueError(f"nothing can be tuned here: {reason}")
     if arguments.quick and arguments.install:

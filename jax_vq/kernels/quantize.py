@@ -20,16 +20,15 @@ from jax_vq.kernels.tiles import (
     read_vectors,
     split,
     tokens,
-    why_not_here,
     write_numbers,
 )
-from jax_vq.ops.implementations import Kernel, add_kernel
+from jax_vq.ops.implementations import Kernel
 
 N_PART = 3  # bfloat16 terms of a float32 codebook: all of its bits, as float32 products would use
 
 
 def finite_codes(x: Array, codebook: Array) -> Array:
-    """`ops.quantize.finite_codes`: int32 `[B, T, H]`, -1 for a vector with NaN or inf.
+    """`ops.vq_attention.finite_codes`: int32 `[B, T, H]`, -1 for a vector with NaN or inf.
 
     Scores are products of x with the codebook in float32, summed in another order than XLA sums them:
     codes are the same where the two best scores differ by more than rounding. Two of the codebook's three
@@ -71,7 +70,7 @@ def why_not(asked: str | None, x: Array, codebook: Array) -> str | None:
         return f"width {x.shape[3]}: the kernel is for at most {sizes.MAX_WIDTH}"
     if asked is None and x.shape[0] * x.shape[1] < sizes.MIN_VECTORS:
         return f"{x.shape[0] * x.shape[1]} vectors a head: the kernel is for {sizes.MIN_VECTORS} or more"
-    return why_not_here(asked)
+    return None
 
 
 class Best(NamedTuple):
@@ -157,5 +156,4 @@ def _codes_kernel(
     loop(n_tile, settle if settles else first, 0)
 
 
-add_kernel("finite_codes", Kernel(finite_codes, why_not))
-add_kernel("nearest_codes", Kernel(nearest_codes, why_not))
+KERNELS = {"finite_codes": Kernel(finite_codes, why_not), "nearest_codes": Kernel(nearest_codes, why_not)}

@@ -1,4 +1,4 @@
-"""What the GPU kernels share: tiles of tokens, products, and where Triton can run.
+"""What the GPU kernels share: tiles of tokens, and products.
 
 A program gets every array whole and reads tiles of it, whose sizes are powers of two; what lies outside is
 masked. Sums over tokens per code are products with one-hot codes.
@@ -14,22 +14,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-CAPABILITY = "9.0"  # of the devices that tiles are chosen for
 NARROW = 16  # columns of the narrowest product
 
 Rows = tuple[Any, Any]  # a slice of an axis, and which of its entries there are; None: all
 F32 = jnp.float32
-
-
-def why_not_here(asked: str | None) -> str | None:
-    """Why no Triton kernel runs on this process's device; a CPU interprets one that is asked for by name."""
-    platform = jax.default_backend()
-    if platform == "cpu":
-        return None if asked == "triton" else "Triton compiles for a GPU, and this is a CPU"
-    found = getattr(jax.devices()[0], "compute_capability", None)
-    if platform != "gpu" or found != CAPABILITY:
-        return f"the kernels are made for compute capability {CAPABILITY}, and this is {platform} {found}"
-    return None
 
 
 def is_interpreted() -> bool:

@@ -38,12 +38,11 @@ from jax_vq.kernels.tiles import (
     read_rows,
     read_vectors,
     tokens,
-    why_not_here,
     write_numbers,
     write_vectors,
 )
 from jax_vq.kernels.vq_sums import Sums, before_segments, padded_codes, read_sums, segment_sums
-from jax_vq.ops.implementations import Kernel, add_kernel
+from jax_vq.ops.implementations import Kernel
 from jax_vq.ops.vq_blocks import Form, Keys
 from jax_vq.ops.vq_causal import Books, Queries
 from jax_vq.ops.vq_state import Coded, VQState, coded_of
@@ -69,7 +68,7 @@ def why_not(
         return f"{n_code} key codes: the kernel is for at most {sizes.MAX_CODES}"
     if keys.v.shape[1] > MAX_LENGTH:
         return f"{keys.v.shape[1]} tokens: the kernel counts to {MAX_LENGTH}"
-    return why_not_here(asked)
+    return None
 
 
 class Tables(NamedTuple):
@@ -239,4 +238,4 @@ def _causal_kernel(
             loop(n_tile, partial(step, contains=wanted > 0, is_wide=wanted == 2), sums)
 
 
-add_kernel("causal_attention", Kernel(causal_attention, why_not))
+KERNELS = {"causal_attention": Kernel(causal_attention, why_not)}

@@ -46,7 +46,7 @@ from jax_vq.kernels.tiles import (
 from jax_vq.kernels.vq_causal import Tables, first_sums, segment_len
 from jax_vq.kernels.vq_causal import why_not as why_not_forward
 from jax_vq.kernels.vq_sums import Sums, before_segments, padded_codes, read_sums, segment_sums
-from jax_vq.ops.implementations import Kernel, add_kernel
+from jax_vq.ops.implementations import Kernel
 from jax_vq.ops.quantize import lookup
 from jax_vq.ops.vq_blocks import Form, Keys
 from jax_vq.ops.vq_causal import Books, Queries
@@ -284,4 +284,4 @@ def _key_gradient_kernel(
     loop(n_tile, step, (total, jnp.where(column == 0, number, 0.0)))
 
 
-add_kernel("causal_gradients", Kernel(causal_gradients, why_not))
+KERNELS = {"causal_gradients": Kernel(causal_gradients, why_not)}

@@ -17,12 +17,11 @@ from jax_vq.kernels.tiles import (
     power_of_two,
     read_numbers,
     tokens,
-    why_not_here,
     write_vectors,
 )
 from jax_vq.kernels.vq_causal import MAX_LENGTH, segment_len
 from jax_vq.kernels.vq_sums import segment_sums
-from jax_vq.ops.implementations import Kernel, add_kernel
+from jax_vq.ops.implementations import Kernel
 from jax_vq.ops.vq_blocks import Keys
 from jax_vq.ops.vq_causal import Books, Queries
 from jax_vq.ops.vq_full import Seen, answers
@@ -36,7 +35,7 @@ def why_not_count(asked: str | None, keys: Keys, books: Books) -> str | None:
         return f"values of {keys.v.dtype}: the kernel is for bfloat16"
     if keys.v.shape[1] > MAX_LENGTH:
         return f"{keys.v.shape[1]} tokens: the kernel counts to {MAX_LENGTH}"
-    return why_not_here(asked)
+    return None
 
 
 def count_keys(keys: Keys, books: Books) -> Seen:
@@ -54,16 +53,13 @@ def _at_least_one(count: Array) -> Array:
     return jnp.maximum(count, 1).astype(F32)
 
 
-add_kernel("count_keys", Kernel(count_keys, why_not_count))
-
-
 def why_not_answer(asked: str | None, queries: Queries, keys: Keys, books: Books, seen: Seen) -> str | None:
     """Why `full_attention` cannot run, or None."""
     if queries.codes is None:
         return "keys only: the kernel is for quantized queries"
     if keys.v.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"values of {keys.v.dtype}: the kernel is for float32 and half types"
-    return why_not_here(asked)
+    return None
 
 
 def full_attention(queries: Queries, keys: Keys, books: Books, seen: Seen) -> Array:
@@ -96,4 +92,7 @@ def _answer_kernel(code_ref: Any, row_ref: Any, out_ref: Any, *, tile: int, n_co
     write_vectors(out_ref, batch, rows, head, cols, answer)
 
 
-add_kernel("full_attention", Kernel(full_attention, why_not_answer))
+KERNELS = {
+    "count_keys": Kernel(count_keys, why_not_count),
+    "full_attention": Kernel(full_attention, why_not_answer),
+}

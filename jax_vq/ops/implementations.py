@@ -20,13 +20,15 @@ class Kernel(NamedTuple):
     why_not: Callable[..., str | None]  # (asked, *arguments of the step); None: it can run
 
 
-_KERNELS: dict[str, Kernel] = {}
+CAPABILITY = "9.0"  # of the GPUs that the kernels are made for
+
+_KERNELS: dict[str, Callable[[], Kernel | None]] = {}
 _LISTENERS: list[dict[str, str | None]] = []
 
 
-def add_kernel(step: str, kernel: Kernel) -> None:
-    """Have a kernel where a step can use it."""
-    _KERNELS[step] = kernel
+def add_kernel(step: str, load: Callable[[], Kernel | None]) -> None:
+    """Have a kernel where a step can use it; it is loaded then, and None where it cannot be."""
+    _KERNELS[step] = load
 
 
 def check_implementation(asked: Any) -> str | None:
@@ -41,21 +43,38 @@ def run(asked: str | None, step: str, plain: Callable[..., Any], *arguments: Any
 
     Compiled for a CPU in a process with a GPU, `plain` runs too.
     """
-    reason = _why_not(asked, step, *arguments)
+    kernel, reason = _find(asked, step, *arguments)
     for found in _LISTENERS:
         found[step] = reason
-    if reason is not None:
+    if kernel is None:
         return plain(*arguments)
-    kernel = partial(_KERNELS[step].run, *arguments)
+    by_kernel = partial(kernel.run, *arguments)
     if jax.default_backend() == "cpu":
-        return kernel()
-    return lax.platform_dependent(cuda=kernel, default=partial(plain, *arguments))
+        return by_kernel()
+    return lax.platform_dependent(cuda=by_kernel, default=partial(plain, *arguments))
 
 
-def _why_not(asked: str | None, step: str, *arguments: Any) -> str | None:
-    if asked == "xla":
-        return "implementation='xla' was asked for"
-    return _KERNELS[step].why_not(asked, *arguments) if step in _KERNELS else "there is no kernel"
+def _find(asked: str | None, step: str, *arguments: Any) -> tuple[Kernel | None, str | None]:
+    """The kernel that can run a step, or why none can."""
+    reason = "implementation='xla' was asked for" if asked == "xla" else why_not_here(asked)
+    if reason is not None:
+        return None, reason
+    kernel = _KERNELS[step]() if step in _KERNELS else None
+    if kernel is None:
+        return None, "there is no kernel"
+    reason = kernel.why_not(asked, *arguments)
+    return (kernel, None) if reason is None else (None, reason)
+
+
+def why_not_here(asked: str | None) -> str | None:
+    """Why no kernel runs on this process's device; a CPU interprets one that is asked for by name."""
+    platform = jax.default_backend()
+    if platform == "cpu":
+        return None if asked == "triton" else "Triton compiles for a GPU, and this is a CPU"
+    found = getattr(jax.devices()[0], "compute_capability", None)
+    if platform != "gpu" or found != CAPABILITY:
+        return f"the kernels are made for compute capability {CAPABILITY}, and this is {platform} {found}"
+    return None
 
 
 def traced(function: Callable[..., Any]) -> Callable[..., Any]:
