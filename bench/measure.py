@@ -143,3 +143,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     signs = ("resource_exhausted", "out of memory", "can't allocate memory", "not enough memory")
     return any(sign in text for sign in signs)
+
+
+def first_line(text: str) -> str:
+    """The first line of an error's text, cut where it is very long."""
+    return text.splitlines()[0][:300] if text else "unknown"

@@ -130,7 +130,7 @@ def _build_window(backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ..
         codebook_k = 0 * k[0, :1].swapaxes(0, 1)
         return op(q, k, v, None, codebook_k, code_bias=codebook_k[:, 0, 0] + NO_WEIGHT)
 
-    return Built(window, _default_implementation(backend))
+    return Built(window, vq_implementation(backend, window, *arrays))
 
 
 def _build_hyper(backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:

@@ -12,15 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import device_time, host, measure
+from bench import host, measure
+from bench.job import Job
+from bench.on_jax import Backend
 from jax_vq.kernels import quantize, sizes, vq_causal, vq_causal_grad, vq_full, vq_sums
 from jax_vq.kernels.sizes import Row, Size
 from jax_vq.ops.vq_blocks import Form, Keys
 from jax_vq.ops.vq_causal import Books, Queries
 from jax_vq.ops.vq_state import empty_state
+from vq_common import TransformerConfig
 from vq_common.tolerances import TOLERANCES, relative_rms
 
-N_CALL = 6  # timed; the first is left out
 # Codes are a choice: two that are as near as rounding tells may change places.
 MAX_CHANGED = 1e-4
 
@@ -67,6 +69,11 @@ def candidates(kernel: str, n_code: int, width: int) -> list[Size]:
     return [Size(tile, chunk, *rest) for tile, *rest in itertools.product(tiles, columns, warps, stages)]
 
 
+def timer() -> Backend:
+    """The benchmark's own side of jax, whose clock times all that it measures."""
+    return Backend("auto", Job.of(TransformerConfig(dtype="bfloat16"), batch=1, is_random=True))
+
+
 def calls(shape: Shape, n_code: int) -> Iterator[Call]:
     """One call of every kernel that is for so many codes, on Gaussian vectors."""
     length, n_head, width = shape
@@ -94,7 +101,7 @@ def calls(shape: Shape, n_code: int) -> Iterator[Call]:
     out, lse = _causal(books, form, queries, keys, state)
     arrays = queries, keys, state, out, lse, d_out
     for kernel in ("grad_queries", "grad_keys"):
-        yield Call(kernel, n_code, partial(_gradients, books, form), arrays)
+        yield Call(kernel, n_code, partial(_gradients, books), arrays)
 
 
 def _full(books: Books, queries: Queries, keys: Keys, seen: Any) -> Any:
@@ -105,10 +112,7 @@ def _causal(books: Books, form: Form, queries: Queries, keys: Keys, state: Any) 
     return vq_causal.causal_attention(queries, keys, books, state, form)[:2]
 
 
-def _gradients(
-    books: Books, form: Form, queries: Queries, keys: Keys, state: Any, out: Any, lse: Any, d_out: Any
-) -> Any:
-    del form
+def _gradients(books: Books, queries: Queries, keys: Keys, state: Any, out: Any, lse: Any, d_out: Any) -> Any:
     tables = vq_causal.Tables.of(books, vq_sums.padded_codes(books.k.shape[1])[0], keys.v.dtype)
     arrays = queries, keys, books, state, tables, out, lse, d_out, jnp.zeros_like(lse)
     found = vq_causal_grad.narrow_gradients(*arrays)
@@ -120,13 +124,13 @@ def expected(call: Call) -> Any:
     return jax.jit(call.run)(*call.arrays)
 
 
-def attempts(call: Call, tried: list[Size], target: Any) -> Iterator[Tried]:
-    """Every size, compiled side by side, then verified and timed one after the other."""
+def attempts(call: Call, tried: list[Size], target: Any, backend: Backend) -> Iterator[Tried]:
+    """Every size, compiled side by side, then verified and timed one after the other by the backend."""
     lowered = [_lowered(call, size) for size in tried]
     with ThreadPoolExecutor() as pool:
         programs = [pool.submit(_compiled, one) for one in lowered]
         for size, program in zip(tried, programs, strict=True):
-            yield _attempt(call, size, program.result(), target)
+            yield _attempt(call, size, program.result(), target, backend)
 
 
 def _lowered(call: Call, size: Size) -> Any:
@@ -135,7 +139,7 @@ def _lowered(call: Call, size: Size) -> Any:
         with sizes.trying(call.kernel, size):
             return jax.jit(lambda *arrays: call.run(*arrays)).lower(*call.arrays)
     except (ValueError, NotImplementedError) as error:
-        return _first_line(error)
+        return measure.first_line(str(error))
 
 
 def _compiled(lowered: Any) -> Any:
@@ -145,11 +149,7 @@ def _compiled(lowered: Any) -> Any:
     try:
         return lowered.compile()
     except RuntimeError as error:
-        return _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+        return measure.first_line(str(error))
 
 
 def difference(call: Call, found: Any, expected: Any) -> str | None:
@@ -167,25 +167,14 @@ def difference(call: Call, found: Any, expected: Any) -> str | None:
     return None
 
 
-def milliseconds(program: Any, arrays: tuple[Any, ...]) -> float:
-    """The median call, by the device's clock where there is one."""
-    jax.block_until_ready(program(*arrays))
-    found = None
-    if jax.default_backend() != "cpu":
-        found = device_time.spans_ms(lambda: program(*arrays), jax.block_until_ready, N_CALL)
-    if found is None:
-        times = measure.time_calls(
-            lambda: program(*arrays), jax.block_until_ready, n_repeat=N_CALL, max_repeat_s=10.0
-        )
-        found = times
-    return measure.spread(found[1:]).ms_median
-
-
-def _attempt(call: Call, size: Size, program: Any, target: Any) -> Tried:
+def _attempt(call: Call, size: Size, program: Any, target: Any, backend: Backend) -> Tried:
     if isinstance(program, str):
         return Tried(size, None, program)
     wrong = difference(call, program(*call.arrays), target)
-    return Tried(size, None, wrong) if wrong else Tried(size, milliseconds(program, call.arrays))
+    if wrong:
+        return Tried(size, None, wrong)
+    times = backend.times(measure.Program(program), call.arrays).times_ms
+    return Tried(size, measure.spread(times).ms_median)
 
 
 def write(path: Path, rows: list[tuple[Row, float]], shape: Shape, kept: list[Row]) -> None:

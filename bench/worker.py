@@ -65,13 +65,13 @@ class Worker:
             command: Callable[..., Answer] = getattr(self, message.pop("do"))
             return command(**message)
         except registry.UnavailableError as error:
-            return {"status": "skipped", "reason": _first_line(str(error))}
+            return {"status": "skipped", "reason": measure.first_line(str(error))}
         except Exception as error:
             text = f"{type(error).__name__}: {error}".strip()
             is_memory = measure.is_out_of_memory(error)
             del error
             self._forget()
-            reason = f"out of memory: {_first_line(text)}" if is_memory else _first_line(text)
+            reason = f"out of memory: {measure.first_line(text)}" if is_memory else measure.first_line(text)
             return {"status": "failed", "reason": reason, "is_memory": is_memory}
 
     def use(self, **setup: Any) -> Answer:
@@ -280,10 +280,6 @@ def _codebooks(mechanism: str) -> tuple[str, ...]:
     return tuple(codebook for _, codebook in registry.MECHANISMS[mechanism].quantized)
 
 
-def _first_line(text: str) -> str:
-    return text.splitlines()[0][:300] if text else "unknown"
-
-
 def start(setup: dict[str, Any]) -> Worker:
     """The worker of a setup: `backend`, `device`, `folder`, `length`, `job`, `extras`, `held_out`.
 
@@ -311,7 +307,7 @@ def serve(commands: Any, reply: Callable[[Answer], None]) -> None:
         worker = start(setup)
         reply(worker.hello())
     except (ValueError, ImportError) as error:
-        reply({"status": "failed", "reason": _first_line(str(error))})
+        reply({"status": "failed", "reason": measure.first_line(str(error))})
         return
     for line in commands:
         reply(worker.handle(json.loads(line)))

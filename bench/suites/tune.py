@@ -75,6 +75,7 @@ def _tune(
     if asked - known:
         raise ValueError(f"--kernel must be one of {', '.join(sorted(known))}, found {min(asked - known)}")
     found: list[Any] = []
+    backend = tuning.timer()
     is_wrong = False
     for n_code in sorted(set(codes)):
         for call in tuning.calls(shape, n_code):
@@ -84,7 +85,7 @@ def _tune(
             progress.now(name)
             sizes = tuning.candidates(call.kernel, n_code, shape.width)
             sizes = sizes[:N_QUICK] if arguments.quick else sizes
-            tried = list(tuning.attempts(call, sizes, tuning.expected(call)))
+            tried = list(tuning.attempts(call, sizes, tuning.expected(call), backend))
             timed = sorted((one for one in tried if one.ms is not None), key=lambda one: one.ms)
             for one in (*timed, *(one for one in tried if one.ms is None)):
                 result = f"{one.ms:.4g} ms" if one.reason is None else one.reason
