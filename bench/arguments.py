@@ -64,6 +64,7 @@ def add_common(
     add("--resume", action="store_true", help="go on with the records in --out")
     add("--out", type=Path, metavar="DIR", help=f"default: {out}".replace(f"{host.ROOT}/", ""))
     add("--max-run-s", type=float, metavar="S", help="seconds after which no further point is started")
+    add("--max-point-s", type=float, metavar="S", help="seconds a call may be predicted to take")
 
 
 def add_forms(suite: argparse.ArgumentParser) -> None:
@@ -112,7 +113,7 @@ def configured(arguments: argparse.Namespace) -> TransformerConfig:
         "n_sink": arguments.n_sink,
         "device": arguments.device,
     }
-    limits = {"lengths": arguments.lengths, "max_run_s": arguments.max_run_s}
+    limits = {name: getattr(arguments, name) for name in ("lengths", "max_run_s", "max_point_s")}
     sizes, bench_sizes = (QUICK, QUICK_BENCH) if arguments.quick else ({}, {})
     bench = dataclasses.replace(config.bench, **bench_sizes | _given(limits))
     return dataclasses.replace(config, bench=bench, **sizes | _given(given))

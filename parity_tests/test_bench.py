@@ -863,6 +863,7 @@ def test_options_change_the_configuration() -> None:
         (["--causal", "--full"], "not allowed with argument"),
         (["--dtype", "float16"], "invalid choice: 'float16'"),
         (["--max-run-s", "-1"], "max_run_s must be a finite number >= 0.0, found -1.0"),
+        (["--max-point-s", "-1"], "max_point_s must be a finite number >= 0.0, found -1.0"),
         (["--device", "mps", "--backend", "jax"], "jax has no mps device: add --backend torch"),
         (["--device", "cuda", "--dtype", "float64", "--d-k", "x"], "argument --d-k: invalid"),
     ],

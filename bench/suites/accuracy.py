@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on with the records in --out")
     add("--out", type=Path, metavar="DIR", help="default: bench/results/local/accuracy")
     add("--max-run-s", type=float, metavar="S", help="seconds after which no further point is started")
+    add("--max-point-s", type=float, metavar="S", help="seconds a call may be predicted to take")
 
 
 def _text(values: tuple[int, ...]) -> str:
