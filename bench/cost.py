@@ -90,7 +90,9 @@ def jax_memory(fn: Callable[..., Any], *args: Any) -> int:
     """
     import jax
 
-    memory = jax.jit(fn).lower(*args).compile().memory_analysis()
+    from bench.host import NO_AUTOTUNING
+
+    memory = jax.jit(fn).lower(*args).compile(NO_AUTOTUNING).memory_analysis()
     if memory is None:
         raise RuntimeError(f"jax says nothing of the memory of programs compiled for {jax.default_backend()}")
     return int(memory.temp_size_in_bytes)

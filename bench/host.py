@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PACKAGES = ("numpy", "jax", "jaxlib", "flax", "torch")
+# Compiler options for programs whose time does not matter: on a GPU each product is tried in many ways else.
+NO_AUTOTUNING = {"xla_gpu_autotune_level": 0}
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -1,7 +1,7 @@
 """The jax side of a worker: arrays, compilation, timing, and the modules that prepare inputs."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -50,12 +50,15 @@ def forward_and_backward(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _compile(
-    fn: Callable[..., Any], arrays: tuple[Any, ...], donated: tuple[int, ...] = ()
+    fn: Callable[..., Any],
+    arrays: tuple[Any, ...],
+    donated: tuple[int, ...] = (),
+    options: Mapping[str, int] | None = None,
 ) -> tuple[measure.Program, Any]:
     """A program for these arrays or their shapes, and the shapes of what it returns."""
     start = time.perf_counter()
     traced = jax.jit(fn, donate_argnums=donated).trace(*arrays)
-    compiled = traced.lower().compile()
+    compiled = traced.lower().compile(options)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     if memory is None:
@@ -111,21 +114,32 @@ class Backend:
         return x
 
     def compile(
-        self, fn: Callable[..., Any], arrays: tuple[jax.Array, ...], direction: str = "fwd"
+        self,
+        fn: Callable[..., Any],
+        arrays: tuple[jax.Array, ...],
+        direction: str = "fwd",
+        *,
+        is_timed: bool = True,
     ) -> measure.Program:
         """Compile for these arrays, of which the last one is the cotangent where there is one.
 
         'bwd' is two programs: the first returns the pullback, a pytree of what the forward pass
         saved; the second, which is the one to time, calls it.
-        """
-        if direction == "bwd":
-            return self._compile_backward(fn, arrays)
-        return _compile(forward_and_backward(fn) if direction == "fwd+bwd" else fn, arrays)[0]
 
-    def _compile_backward(self, fn: Callable[..., Any], arrays: tuple[jax.Array, ...]) -> measure.Program:
+        What is not timed is compiled without a search for the fastest products.
+        """
+        options = None if is_timed else host.NO_AUTOTUNING
+        if direction == "bwd":
+            return self._compile_backward(fn, arrays, options)
+        both = forward_and_backward(fn) if direction == "fwd+bwd" else fn
+        return _compile(both, arrays, options=options)[0]
+
+    def _compile_backward(
+        self, fn: Callable[..., Any], arrays: tuple[jax.Array, ...], options: Mapping[str, int] | None
+    ) -> measure.Program:
         *inputs, d_out = arrays
-        save, pull = _compile(lambda *inputs: _pullback(fn, inputs)[1], tuple(inputs))
-        program, _ = _compile(lambda pull, d_out: pull(d_out), (pull, d_out))
+        save, pull = _compile(lambda *inputs: _pullback(fn, inputs)[1], tuple(inputs), options=options)
+        program, _ = _compile(lambda pull, d_out: pull(d_out), (pull, d_out), options=options)
         peaks = [part.peak_bytes for part in (save, program) if part.peak_bytes is not None]
         return program._replace(
             compile_s=(save.compile_s or 0.0) + (program.compile_s or 0.0),

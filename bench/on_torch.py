@@ -92,7 +92,12 @@ class Backend:
         return x.detach().requires_grad_()
 
     def compile(
-        self, fn: Callable[..., Any], arrays: tuple[Tensor, ...], direction: str = "fwd"
+        self,
+        fn: Callable[..., Any],
+        arrays: tuple[Tensor, ...],
+        direction: str = "fwd",
+        *,
+        is_timed: bool = True,
     ) -> measure.Program:
         """The eager function; nothing is compiled.
 

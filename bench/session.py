@@ -39,6 +39,7 @@ class Options(NamedTuple):
     extras: tuple[str, ...] = ()  # what records hold beside time, see `extras`
     title: str = ""  # of this one of several runs
     held_out: int = 0  # tokens of other text that codebooks are fitted on; 0: those that are measured
+    is_timed: bool = True  # whether something is measured when it is verified
 
 
 def plan(options: Options) -> list[tuple[str, Point]]:
@@ -224,9 +225,10 @@ class Session:
             if registry.has_kernel(backend, mechanism) and not registry.unsupported(backend, self.job, point)
         ]
         expected: dict[str, verify.Array] = {}
+        is_timed = self.options.is_timed and length in self.options.bench.lengths
         answers = self.pool.ask_all(
             backends,
-            {"do": "verify", **point._asdict()},
+            {"do": "verify", **point._asdict(), "is_timed": is_timed},
             lambda: expected.update(verify.expected(mechanism, self.store, length, is_causal, direction)),
         )
         results = {

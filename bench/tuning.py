@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bench import host, measure
 from bench.job import Job
@@ -21,7 +20,7 @@ from jax_vq.ops.vq_blocks import Form, Keys
 from jax_vq.ops.vq_causal import Books, Queries
 from jax_vq.ops.vq_state import empty_state
 from vq_common import TransformerConfig
-from vq_common.tolerances import TOLERANCES, relative_rms
+from vq_common.tolerances import TOLERANCES
 
 # Codes are a choice: two that are as near as rounding tells may change places.
 MAX_CHANGED = 1e-4
@@ -92,27 +91,24 @@ def calls(shape: Shape, n_code: int) -> Iterator[Call]:
     each = vq_causal.segment_len(length, n_head, 128)
     yield Call("codes", n_code, quantize.finite_codes, (q, book_q))
     yield Call("sums", n_code, lambda c, v: vq_sums.segment_sums(c, v, n_code, each), (codes_k, v))
-    yield Call("answer", n_code, partial(_full, books), (queries, keys, seen))
+    yield Call("answer", n_code, vq_full.full_attention, (queries, keys, books, seen))
     if n_code > sizes.MAX_CODES:
         return
-    yield Call("causal", n_code, partial(_causal, books, form), (queries, keys, state))
+    causal = partial(_causal, form)
+    yield Call("causal", n_code, causal, (queries, keys, books, state))
     if n_code > sizes.MAX_CODES_GRAD:
         return
-    out, lse = _causal(books, form, queries, keys, state)
-    arrays = queries, keys, state, out, lse, d_out
+    out, lse = causal(queries, keys, books, state)
+    arrays = queries, keys, books, state, out, lse, d_out
     for kernel in ("grad_queries", "grad_keys"):
-        yield Call(kernel, n_code, partial(_gradients, books), arrays)
+        yield Call(kernel, n_code, _gradients, arrays)
 
 
-def _full(books: Books, queries: Queries, keys: Keys, seen: Any) -> Any:
-    return vq_full.full_attention(queries, keys, books, seen)
-
-
-def _causal(books: Books, form: Form, queries: Queries, keys: Keys, state: Any) -> Any:
+def _causal(form: Form, queries: Queries, keys: Keys, books: Books, state: Any) -> Any:
     return vq_causal.causal_attention(queries, keys, books, state, form)[:2]
 
 
-def _gradients(books: Books, queries: Queries, keys: Keys, state: Any, out: Any, lse: Any, d_out: Any) -> Any:
+def _gradients(queries: Queries, keys: Keys, books: Books, state: Any, out: Any, lse: Any, d_out: Any) -> Any:
     tables = vq_causal.Tables.of(books, vq_sums.padded_codes(books.k.shape[1])[0], keys.v.dtype)
     arrays = queries, keys, books, state, tables, out, lse, d_out, jnp.zeros_like(lse)
     found = vq_causal_grad.narrow_gradients(*arrays)
@@ -161,10 +157,19 @@ def difference(call: Call, found: Any, expected: Any) -> str | None:
                 return f"{changed:.1%} of the codes change"
             continue
         limit = max(TOLERANCES["bfloat16"])
-        error = relative_rms(np.asarray(one, np.float64), np.asarray(other, np.float64))
+        error = float(_relative_rms(one, other))
         if not error <= limit:
             return f"relative RMS difference {error:.1e}, limit {limit:.0e}"
     return None
+
+
+@jax.jit
+def _relative_rms(one: jax.Array, other: jax.Array) -> jax.Array:
+    """`vq_common.tolerances.relative_rms`, where the arrays are."""
+    one, other = one.astype(jnp.float32), other.astype(jnp.float32)
+    size = jnp.sqrt(jnp.mean(other**2))
+    error = jnp.sqrt(jnp.mean((one - other) ** 2))
+    return jnp.where(error == 0, 0.0, error / size)
 
 
 def _attempt(call: Call, size: Size, program: Any, target: Any, backend: Backend) -> Tried:

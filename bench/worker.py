@@ -105,8 +105,14 @@ class Worker:
         """Prepare tokens up to `length`; `filled` are there, perhaps by a process before this one."""
         return {"status": "ok", "filled": self._preparer().fill(length, filled)}
 
-    def verify(self, mechanism: str, is_causal: bool, length: int, direction: str = "fwd") -> Answer:
-        """Run what is to be timed once on the inputs that the oracle gets, and write what comes out."""
+    def verify(
+        self, mechanism: str, is_causal: bool, length: int, direction: str = "fwd", *, is_timed: bool = False
+    ) -> Answer:
+        """Run what is to be timed once on the inputs that the oracle gets, and write what comes out.
+
+        Args:
+          is_timed: whether `length` is to be timed too: the program is kept for that.
+        """
         job = self.job.at_verification(mechanism, is_causal, length)
         raw = verify.read_inputs(self.store, job, length, is_causal)
         found: Answer = {"status": "ok"}
@@ -126,11 +132,10 @@ class Worker:
             built = registry.build(mechanism, self.backend.name, job, is_causal, arrays)
             if direction != "fwd":
                 arrays = *arrays, self._array("d_out", raw["d_out"], job)
-            program, found["implementation"] = (
-                self.backend.compile(built.fn, arrays, direction),
-                built.implementation,
-            )
-            if job == self.job:
+            is_kept = is_timed and job == self.job
+            program = self.backend.compile(built.fn, arrays, direction, is_timed=is_kept)
+            found["implementation"] = built.implementation
+            if is_kept:
                 self._verified[Point(mechanism, is_causal, length, direction)] = program
         arguments = program.arguments(arrays)
         parts = verify.named(direction, program.run(*arguments))

@@ -78,6 +78,7 @@ class FakeWorker:
     wrong: ClassVar[set[str]] = set()  # mechanisms whose output is off
     measured: ClassVar[list[tuple[str, Any, int]]] = []
     started: ClassVar[int] = 0
+    kept: ClassVar[list[tuple[int, bool]]] = []  # lengths that are verified, and whether they are timed too
 
     def __init__(self, setup: dict[str, Any]) -> None:
         type(self).started += 1
@@ -111,7 +112,10 @@ class FakeWorker:
     def _fill(self, length: int, filled: int) -> dict[str, Any]:
         return {"status": "ok", "filled": Preparer(self.store, FakeBackend()).fill(length, filled)}
 
-    def _verify(self, mechanism: str, is_causal: bool, length: int, direction: str) -> dict[str, Any]:
+    def _verify(
+        self, mechanism: str, is_causal: bool, length: int, direction: str, *, is_timed: bool
+    ) -> dict[str, Any]:
+        type(self).kept.append((length, is_timed))
         found = verify.expected(mechanism, self.store, length, is_causal, direction)
         for part, x in found.items():
             self.store.write(f"{self.backend}_{part}", x * 1.001 if mechanism in self.wrong else x)
@@ -134,6 +138,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeWorker]:
         mishaps: ClassVar[dict[Any, Any]] = {}
         wrong: ClassVar[set[str]] = set()
         measured: ClassVar[list[tuple[str, Any, int]]] = []
+        kept: ClassVar[list[tuple[int, bool]]] = []
         started = 0
 
     monkeypatch.setattr(host, "has_nvidia_gpu", lambda: False)
@@ -202,6 +207,34 @@ def test_every_second_length_comes_first(tmp_path: Path, fake: Any) -> None:
     bench = BenchConfig(lengths=(64, 65, 66, 67, 68), max_run_s=1e6)
     runner.run(options(tmp_path, mechanisms=("exact",), bench=bench), fake)
     assert [length for _, _, length in fake.measured] == [64, 66, 65, 67, 68]
+
+
+def test_only_a_program_that_is_timed_later_is_verified_as_it_will_run(tmp_path: Path, fake: Any) -> None:
+    for length, is_timed in ((64, True), (2 * verify.MAX_LENGTH, False)):
+        bench = BenchConfig(lengths=(length,), max_point_s=1e6, max_run_s=1e6)
+        runner.run(options(tmp_path, mechanisms=("vq_qk",), bench=bench), fake)
+        assert fake.kept.pop() == (min(length, verify.MAX_LENGTH), is_timed)
+
+
+def test_what_is_not_timed_is_compiled_without_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_jax = pytest.importorskip("bench.on_jax", exc_type=ImportError)
+    asked: list[Any] = []
+    compiled = on_jax._compile
+
+    def noted(*args: Any, options: Any) -> Any:
+        asked.append(options)
+        return compiled(*args, options=options)
+
+    monkeypatch.setattr(on_jax, "_compile", noted)
+    backend = on_jax.Backend("cpu", small_job())
+    array = backend.array(np.ones((1, 4, 2, 3), np.float32), "float32")
+    for direction, n_part in (("fwd", 1), ("bwd", 2)):
+        for is_timed, options in ((True, None), (False, host.NO_AUTOTUNING)):
+            arrays = (array,) * (3 if direction == "fwd" else 4)
+            program = backend.compile(lambda q, k, v: q * k + v, arrays, direction, is_timed=is_timed)
+            program.run(*program.arguments(arrays))
+            assert [asked.pop() for _ in range(n_part)] == [options] * n_part
+    assert not asked
 
 
 def test_work_orders_the_points_of_a_pass(tmp_path: Path) -> None:

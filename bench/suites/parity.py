@@ -66,6 +66,7 @@ def options(arguments: argparse.Namespace) -> session.Options:
         is_resume=False,
         suite=arguments.suite,
         direction="fwd+bwd",
+        is_timed=False,
     )
 
 
