@@ -12,18 +12,20 @@ import jax
 import jax.numpy as jnp
 
 from bench import host, measure
-from bench.job import Job
+from bench.job import WINDOW_SINKS, Job
 from bench.on_jax import Backend
 from jax_vq.kernels import quantize, sizes, vq_causal, vq_causal_grad, vq_full, vq_sums
 from jax_vq.kernels.sizes import Row, Size
+from jax_vq.kernels.tiles import power_of_two
 from jax_vq.ops.vq_blocks import Form, Keys
 from jax_vq.ops.vq_causal import Books, Queries
-from jax_vq.ops.vq_state import empty_state
+from jax_vq.ops.vq_state import empty_state, find_documents
 from vq_common import TransformerConfig
 from vq_common.tolerances import TOLERANCES
 
 # Codes are a choice: two that are as near as rounding tells may change places.
 MAX_CHANGED = 1e-4
+WINDOW = 512  # exact tokens before a block, and of a block
 
 
 class Shape(NamedTuple):
@@ -60,6 +62,9 @@ def candidates(kernel: str, n_code: int, width: int) -> list[Size]:
         "sums": ((64, 128), tuple({half, wide}), (4, 8), (2, 3, 4)),
         "answer": ((32, 64, 128), (wide,), (4, 8), (1,)),
         "causal": ((64, 128), tuple({half, wide}), (4, 8), (1, 2, 3)),
+        "states": ((64, 128), tuple({half, wide}), (4, 8), (2, 3, 4)),
+        "blocks": ((64, 128), (wide,), (4, 8), (1, 2, 3)),
+        "window": ((64, 128), (wide,), (4, 8), (1, 2, 3)),
         "grad_queries": ((32, 64, 128), (wide,), (4, 8), (1, 2, 3)),
         "grad_keys": ((32, 64), (wide,), (4, 8), (1, 2, 3)),
     }
@@ -95,13 +100,28 @@ def calls(shape: Shape, n_code: int) -> Iterator[Call]:
     if n_code > sizes.MAX_CODES:
         return
     causal = partial(_causal, form)
-    yield Call("causal", n_code, causal, (queries, keys, books, state))
+    n_padded, chunk = vq_sums.padded_codes(n_code)
+    for kernel in ("states", "blocks") if n_padded > chunk else ("causal",):
+        yield Call(kernel, n_code, causal, (queries, keys, books, state))
+    yield _windowed(q, k, v, codes_q, codes_k, books)
     if n_code > sizes.MAX_CODES_GRAD:
         return
     out, lse = causal(queries, keys, books, state)
     arrays = queries, keys, books, state, out, lse, d_out
     for kernel in ("grad_queries", "grad_keys"):
         yield Call(kernel, n_code, _gradients, arrays)
+
+
+def _windowed(q: jax.Array, k: jax.Array, v: jax.Array, codes_q: Any, codes_k: Any, books: Books) -> Call:
+    """Attention with an exact window of four tiles, or of one block in a short sequence."""
+    window = min(WINDOW, power_of_two(q.shape[1]) // 2)
+    lengths = {"block_len": window, "mem_len": window, "part_len": window, "overhang": window}
+    form = Form(books.scale, n_sink=WINDOW_SINKS, is_whole=True, **lengths)
+    widths = k.shape[3], v.shape[3]
+    state = empty_state(1, books.k.shape[:2], widths, v.dtype, window, WINDOW_SINKS)
+    keys = Keys(codes_k, v, k, find_documents(q, None, None, None))
+    arrays = Queries(None, codes_q, q), keys, books, state
+    return Call("window", books.k.shape[1], partial(_causal, form), arrays)
 
 
 def _causal(form: Form, queries: Queries, keys: Keys, books: Books, state: Any) -> Any:

@@ -225,8 +225,7 @@ def test_kernels_lower_for_a_gpu(is_causal: bool, n_kernel: int, monkeypatch: py
 @pytest.mark.parametrize(
     "options, arrays, step, reason",
     [
-        ({"mem_len": 8}, shapes(), "causal_attention", "an exact window or sinks"),
-        ({"n_sink": 1}, shapes(), "causal_attention", "an exact window or sinks"),
+        ({"mem_len": 128}, shapes(), "causal_gradients", "gradients with an exact window or sinks"),
         ({}, shapes(dtype=jnp.float32), "causal_attention", "values of float32"),
         ({}, shapes(dtype=jnp.float32), "finite_codes", "nearest codes of float32"),
         ({}, shapes(width=256), "finite_codes", "width 256"),

@@ -42,7 +42,10 @@ ONLY_IN: dict[tuple[str, str], dict[str, str]] = {
         "vq_attention(implementation)": "there are kernels of JAX alone",
         "vq_attention_step(implementation)": "there are kernels of JAX alone",
     },
-    ("jax_vq", "ops/vq_blocks.py"): {"Form(implementation)": "there are kernels of JAX alone"},
+    ("jax_vq", "ops/vq_blocks.py"): {
+        "Form(implementation)": "there are kernels of JAX alone",
+        "Form(is_whole)": "there are kernels of JAX alone",
+    },
     ("jax_vq", "ops/numerics.py"): {
         "precision_for": "a JAX product names its precision",
         "row_major": "XLA chooses how arrays lie in memory",

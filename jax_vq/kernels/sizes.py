@@ -11,6 +11,7 @@ MAX_CODES = 512  # of keys that causal attention is for
 MAX_CODES_GRAD = 128
 MIN_VECTORS = 64  # that codes are found of: fewer fill no tile
 N_PROCESSOR = 132  # of an H200
+MAX_STATE_BYTES = 2**33
 MAX_TILES = 32  # of vectors that a program finds the codes of, with the codebook read once
 
 PATH = Path(__file__).with_name("sizes.json")
@@ -63,6 +64,14 @@ def trying(kernel: str, size: Size) -> Iterator[None]:
         yield
     finally:
         del _TRIED[kernel]
+
+
+def block_len(n_code: int, n_vector: int, vector_bytes: int) -> int:
+    """Tokens between two states, which take at most `MAX_STATE_BYTES` for `n_vector` tokens and heads."""
+    block = max(size_of("states", n_code).tile, size_of("blocks", n_code).tile)
+    while n_vector * n_code * vector_bytes > MAX_STATE_BYTES * block:
+        block *= 2
+    return block
 
 
 def n_tile(length: int, n_row: int, tile: int) -> int:

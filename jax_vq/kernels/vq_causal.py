@@ -12,16 +12,17 @@ subtracts the right maximum (`math.md` 2). A segment with a NaN or inf takes one
 before.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jax_vq.kernels import sizes
+from jax_vq.kernels import sizes, vq_window
 from jax_vq.kernels.tiles import (
     F32,
     NARROW,
@@ -41,10 +42,12 @@ from jax_vq.kernels.tiles import (
     write_numbers,
     write_vectors,
 )
+from jax_vq.kernels.vq_states import block_attention, block_states
 from jax_vq.kernels.vq_sums import Sums, before_segments, padded_codes, read_sums, segment_sums
 from jax_vq.ops.implementations import Kernel
 from jax_vq.ops.vq_blocks import Form, Keys
 from jax_vq.ops.vq_causal import Books, Queries
+from jax_vq.ops.vq_causal import causal_attention as plain_attention
 from jax_vq.ops.vq_state import Coded, VQState, coded_of
 
 MAX_RANGE = 60.0  # of scores: weights of 1e-26, and products with them, are far from the ends of float32
@@ -58,9 +61,7 @@ def why_not(
     n_code = books.k.shape[1]
     if queries.codes is None:
         return "keys only: the kernel is for quantized queries"
-    if form.has_exact:
-        return "an exact window or sinks: the kernel is for codes alone"
-    if keys.documents is not None or form.is_strict:
+    if not form.has_exact and (keys.documents is not None or form.is_strict):
         return "padding, documents or a state to return: the kernel is for one whole sequence"
     if keys.v.dtype != jnp.bfloat16:
         return f"values of {keys.v.dtype}: the kernel is for bfloat16"
@@ -68,7 +69,7 @@ def why_not(
         return f"{n_code} key codes: the kernel is for at most {sizes.MAX_CODES}"
     if keys.v.shape[1] > MAX_LENGTH:
         return f"{keys.v.shape[1]} tokens: the kernel counts to {MAX_LENGTH}"
-    return None
+    return vq_window.why_not(queries, keys, form) if form.has_exact else None
 
 
 class Tables(NamedTuple):
@@ -116,11 +117,16 @@ def causal_attention(
     queries: Queries, keys: Keys, books: Books, state: VQState, form: Form
 ) -> tuple[Array, Array, Coded]:
     """`ops.vq_causal.causal_attention`."""
+    if form.has_exact:
+        return _with_window(queries, keys, books, state, form)
     batch, length, n_key_head, width = keys.v.shape
     n_head = queries.codes.shape[2]
     n_padded, chunk = padded_codes(books.k.shape[1])
     size = sizes.size_of("causal", n_padded)
-    each = segment_len(length, batch * n_head, max(size.tile, sizes.size_of("sums", n_padded).tile))
+    block = size.tile
+    if n_padded > chunk:
+        block = sizes.block_len(n_padded, batch * length * n_key_head, width * keys.v.dtype.itemsize)
+    each = segment_len(length, batch * n_head, max(size.tile, sizes.size_of("sums", n_padded).tile, block))
     sums = segment_sums(keys.codes, keys.v, books.k.shape[1], each)
     tables = Tables.of(books, n_padded, keys.v.dtype)
     before = before_segments(sums, first_sums(coded_of(state), n_padded))
@@ -135,11 +141,36 @@ def causal_attention(
     grid = pl.cdiv(length, each), batch * n_head, pl.cdiv(width, n_column)
     kernel = partial(_causal_kernel, tile=size.tile, n_tile=each // size.tile, chunk=chunk, n_column=n_column)
     arrays = queries.codes, keys.codes, keys.v, *tables[:3], *before, mode
-    results = launch(kernel, shapes, grid, size.n_warp, size.n_stage)(*arrays)
+    if n_padded > chunk:
+        states = block_states(keys.codes, keys.v, before, each, block)
+        results = block_attention(
+            queries.codes, keys.codes, keys.v, tables.weight, tables.top, states, mode, block
+        )
+    else:
+        results = launch(kernel, shapes, grid, size.n_warp, size.n_stage)(*arrays)
     careful = launch(
         partial(kernel, is_careful=True), shapes, grid, size.n_warp, 1, {len(arrays): 0, len(arrays) + 1: 1}
     )
     return *careful(*arrays, *results), coded_after(coded_of(state), sums)
+
+
+def _with_window(
+    queries: Queries, keys: Keys, books: Books, state: VQState, form: Form
+) -> tuple[Array, Array, Coded]:
+    """With exact keys; of a whole sequence, so that nobody asks for the keys that later tokens see."""
+    batch, length, n_key_head, _ = keys.v.shape
+    n_code = books.k.shape[1]
+    n_padded, _ = padded_codes(n_code)
+    tile = math.lcm(sizes.size_of("sums", n_padded).tile, vq_window.spacing(form))
+    each = segment_len(length, batch * n_key_head, tile)
+    sums = segment_sums(vq_window.coded_keys(keys, form), keys.v, n_code, each)
+    tables = Tables.of(books, n_padded, keys.v.dtype)
+    out, lse = lax.cond(
+        jnp.any(tables.is_wide) | vq_window.is_irregular(keys, sums, form),
+        lambda: plain_attention(queries, keys, books, state, form)[:2],
+        lambda: vq_window.window_attention(queries, keys, tables.weight, tables.top, sums, each, form),
+    )
+    return out, lse, coded_of(state)
 
 
 def _causal_kernel(

@@ -59,6 +59,8 @@ def why_not(
     asked: str | None, queries: Queries, keys: Keys, books: Books, state: VQState, form: Form, *rest: Array
 ) -> str | None:
     """Why `causal_gradients` cannot run, or None."""
+    if form.has_exact:
+        return "gradients with an exact window or sinks: the kernel is for codes alone"
     reason = why_not_forward(asked, queries, keys, books, state, form)
     if reason is not None:
         return reason

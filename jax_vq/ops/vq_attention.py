@@ -143,6 +143,7 @@ def vq_attention(
     if not form.has_exact:
         q_local = k_local = None
     is_aligned = mask is None and segment_ids is None and state is None and not return_state
+    form = form._replace(is_whole=is_aligned)
     if not is_aligned:
         form = form._replace(overhang=window_len(block_len, mem_len))
     if state is not None:

@@ -30,6 +30,7 @@ class Form(NamedTuple):
     part_len: int = 1  # tokens of a block here
     overhang: int = 0
     has_segments: bool = False  # documents may begin after the first token
+    is_whole: bool = False  # one document without padding, from its start, and no state asked for
     implementation: str | None = None  # as asked for
 
     @property

@@ -1,0 +1,230 @@
+"""Causal attention over more codes than registers hold: what came before each block goes through memory.
+
+One kernel follows a segment and writes the sums by code before each block of it. Another one takes every
+tile of queries by itself, over the sums before its block and the keys of the block.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from jax_vq.kernels import sizes
+from jax_vq.kernels.tiles import (
+    F32,
+    NARROW,
+    Rows,
+    as_columns,
+    columns,
+    dot,
+    in_parts,
+    launch,
+    loop,
+    lower_triangle,
+    one_hot,
+    place_of,
+    power_of_two,
+    read_numbers,
+    read_rows,
+    read_vectors,
+    tokens,
+    write_numbers,
+    write_vectors,
+)
+from jax_vq.kernels.vq_sums import Sums, read_sums
+
+
+class States(NamedTuple):
+    """Sums over the keys before each block."""
+
+    vectors: Array  # [B, K, N, C, V] in the dtype of v
+    numbers: Array  # [B, K, N, C] float32
+
+
+def block_states(codes: Array, v: Array, before: Sums, segment_len: int, block: int) -> States:
+    """The sums before every block of `block` tokens, a multiple of 16.
+
+    Args:
+      codes: int32 `[B, T, K]`; v: `[B, T, K, V]`.
+      before: of every segment.
+      segment_len: tokens of a segment, a multiple of the block.
+    """
+    batch, _, n_head, width = v.shape
+    n_segment, n_code = before.numbers.shape[2:]
+    size = sizes.size_of("states", n_code)
+    tile, chunk = min(size.tile, block & -block), min(size.chunk, n_code)
+    n_block, n_column = segment_len // block, min(power_of_two(width), size.columns)
+    kernel = partial(
+        _states_kernel, tile=tile, n_tile=block // tile, n_block=n_block, chunk=chunk, n_column=n_column
+    )
+    shape = batch, n_head, n_segment * n_block, n_code
+    shapes = States(jax.ShapeDtypeStruct((*shape, width), v.dtype), jax.ShapeDtypeStruct(shape, F32))
+    grid = n_segment, batch * n_head, (n_code // chunk) * pl.cdiv(width, n_column)
+    return States(*launch(kernel, shapes, grid, size.n_warp, size.n_stage)(codes, v, *before))
+
+
+def _states_kernel(
+    code_ref: Any,
+    v_ref: Any,
+    sum_ref: Any,
+    number_ref: Any,
+    state_ref: Any,
+    count_ref: Any,
+    *,
+    tile: int,
+    n_tile: int,
+    n_block: int,
+    chunk: int,
+    n_column: int,
+) -> None:
+    _, length, n_head, width = v_ref.shape
+    segment, batch, head, _ = place_of(n_head, n_head)
+    n_part = pl.cdiv(width, n_column)
+    first = (pl.program_id(2) // n_part) * chunk
+    cols = columns(pl.program_id(2) % n_part, n_column, width)
+    at = pl.ds(first, chunk)
+    there = None if cols[1] is None else jnp.broadcast_to(cols[1][None, :], (chunk, n_column))
+    dtype = v_ref.dtype
+
+    def step(i: Any, sums: Any) -> Any:
+        total, number = sums
+
+        @pl.when(lax.rem(i, lax.full_like(i, n_tile)) == 0)
+        def keep() -> None:
+            here = segment * n_block + lax.div(i, lax.full_like(i, n_tile))
+            plt.store(state_ref.at[batch, head, here, at, cols[0]], total.astype(dtype), mask=there)
+            plt.store(count_ref.at[batch, head, here, at], jnp.max(number, axis=1))
+
+        rows = tokens((segment * n_block * n_tile + i) * tile, tile, length)
+        hot = one_hot(read_numbers(code_ref, batch, rows, head, -2), first, chunk, dtype)
+        v = read_vectors(v_ref, batch, rows, head, cols)
+        return total + dot(hot, v), number + dot(hot, jnp.ones((tile, NARROW), dtype))
+
+    sums = read_sums(sum_ref, number_ref, (batch, head, segment), first, chunk, cols)
+    loop(n_block * n_tile, step, sums)
+
+
+def read_state(
+    state_ref: Any, count_ref: Any, place: tuple[Any, Any, Any], first: Any, size: int, cols: Rows
+) -> tuple[Array, Array]:
+    """In a kernel, `States` at (batch, head, block) of the codes from `first` on: `[C, V]`, `[C, NARROW]`."""
+    at = pl.ds(first, size)
+    ref = state_ref.at[*place, at, cols[0]]
+    if cols[1] is None:
+        value = plt.load(ref)
+    else:
+        value = plt.load(ref, mask=jnp.broadcast_to(cols[1][None, :], (size, cols[0].size)), other=0)
+    return value, in_parts(as_columns(plt.load(count_ref.at[*place, at])), value.dtype)
+
+
+def block_attention(
+    query_codes: Array,
+    key_codes: Array,
+    v: Array,
+    weight: Array,
+    top: Array,
+    states: States,
+    mode: Array,
+    block: int,
+) -> tuple[Array, Array]:
+    """Output and log-sum-exp of the segments of mode 0; nothing is written of the others.
+
+    Args:
+      query_codes: int32 `[B, T, H]`; key_codes: `[B, T, K]`; v: `[B, T, K, V]`.
+      weight: `[H, Cq, C]`, top: `[H, Cq]`, of `vq_causal.Tables`.
+      mode: int32 `[B, H, S]`.
+      block: tokens of a block.
+    """
+    batch, length, n_head = query_codes.shape
+    width, n_code = v.shape[3], weight.shape[2]
+    size = sizes.size_of("blocks", n_code)
+    n_column = min(power_of_two(width), size.columns)
+    kernel = partial(
+        _block_kernel,
+        tile=size.tile,
+        n_tile=block // size.tile,
+        n_block=states.numbers.shape[2] // mode.shape[2],
+        chunk=size.chunk,
+        n_column=n_column,
+    )
+    shapes = (
+        jax.ShapeDtypeStruct((batch, length, n_head, width), v.dtype),
+        jax.ShapeDtypeStruct((batch, length, n_head), F32),
+    )
+    grid = pl.cdiv(length, size.tile), batch * n_head, pl.cdiv(width, n_column)
+    run = launch(kernel, shapes, grid, size.n_warp, size.n_stage)
+    out, lse = run(query_codes, key_codes, v, weight, top, *states, mode)
+    return out, lse
+
+
+def _block_kernel(
+    query_ref: Any,
+    key_ref: Any,
+    v_ref: Any,
+    weight_ref: Any,
+    top_ref: Any,
+    state_ref: Any,
+    count_ref: Any,
+    mode_ref: Any,
+    out_ref: Any,
+    lse_ref: Any,
+    *,
+    tile: int,
+    n_tile: int,
+    n_block: int,
+    chunk: int,
+    n_column: int,
+) -> None:
+    length, n_head, width = out_ref.shape[1:]
+    n_key_head, n_code, dtype = v_ref.shape[2], weight_ref.shape[2], v_ref.dtype
+    here, batch, head, key_head = place_of(n_head, n_key_head)
+    block, cols = here // n_tile, columns(pl.program_id(2), n_column, width)
+
+    @pl.when(plt.load(mode_ref.at[batch, head, block // n_block]) == 0)
+    def run() -> None:
+        rows = tokens(here * tile, tile, length)
+        query = read_numbers(query_ref, batch, rows, head, 0)
+
+        def keys_at(i: Any) -> tuple[Array, Array]:
+            rows = tokens(i * tile, tile, length)
+            key = read_numbers(key_ref, batch, rows, key_head, -2)
+            return key, read_vectors(v_ref, batch, rows, key_head, cols)
+
+        def weights_of(key: Array) -> Array:
+            """`E` of every pair of a query and a key."""
+
+            def more(c: Any, picked: Array) -> Array:
+                weight = read_rows(weight_ref, head, query, c * chunk, chunk)
+                return picked + dot(weight, one_hot(key, c * chunk, chunk, dtype))
+
+            return loop(n_code // chunk, more, jnp.zeros((tile, tile), F32))
+
+        def far(c: Any, carry: Any) -> Any:
+            out, total, near = carry
+            weight = read_rows(weight_ref, head, query, c * chunk, chunk)
+            value, count = read_state(state_ref, count_ref, (batch, key_head, block), c * chunk, chunk, cols)
+            total += jnp.sum(dot(weight, count), axis=1)
+            return out + dot(weight, value), total, near + dot(weight, one_hot(key, c * chunk, chunk, dtype))
+
+        key, v = keys_at(here)
+        zero = jnp.zeros((tile, n_column), F32), jnp.zeros((tile,), F32), jnp.zeros((tile, tile), F32)
+        out, total, near = loop(n_code // chunk, far, zero)
+        near = jnp.where(lower_triangle(tile), near, 0)
+        out, total = out + dot(near.astype(dtype), v), total + jnp.sum(near, axis=1)
+
+        def earlier(i: Any, carry: Any) -> Any:
+            out, total = carry
+            key, v = keys_at(i)
+            near = weights_of(key)
+            return out + dot(near.astype(dtype), v), total + jnp.sum(near, axis=1)
+
+        if n_tile > 1:
+            out, total = lax.fori_loop(block * n_tile, here, earlier, (out, total))
+        top = plt.load(top_ref.at[head, jnp.maximum(query, 0)])
+        share = jnp.where(query < 0, jnp.nan, 1 / total)
+        write_vectors(out_ref, batch, rows, head, cols, out * share[:, None])
+        write_numbers(lse_ref, batch, rows, head, jnp.where(query < 0, jnp.nan, top + jnp.log(total)))
