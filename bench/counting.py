@@ -1,6 +1,7 @@
 """Operations and memory of a mechanism against length, from shapes alone: nothing is computed."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from bench import cost, registry
@@ -19,12 +20,13 @@ def counts(backend: str, mechanism: str, is_causal: bool, job: Job, lengths: Seq
     """Operations and bytes of a forward call at each of `lengths`."""
     flops = {"jax": cost.jax_flops, "torch": cost.torch_flops}[backend]
     memory = {"jax": cost.jax_memory, "torch": cost.torch_peak_bytes}[backend]
-    found = Counts([], [])
+    calls = []
     for length in lengths:
         shapes = registry.array_shapes(job, length, len(sample_sizes(length, is_causal, job.min_seq_len)))
         names = registry.MECHANISMS[mechanism].arrays
         arrays = tuple(cost.abstract(backend, *shapes[name]) for name in names)
-        fn = registry.build(mechanism, backend, job, is_causal, arrays).fn
-        found.flops.append(flops(fn, *arrays))
-        found.n_bytes.append(memory(fn, *arrays))
-    return found
+        calls.append((registry.build(mechanism, backend, job, is_causal, arrays).fn, *arrays))
+    # Most of the time is XLA's, which compiles several programs side by side.
+    with ThreadPoolExecutor(len(calls) if backend == "jax" else 1) as pool:
+        n_bytes = list(pool.map(lambda call: memory(*call), calls))
+    return Counts([flops(*call) for call in calls], n_bytes)

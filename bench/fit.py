@@ -16,6 +16,7 @@ from bench.verify import twin_limit
 FIT_FROM = 4096  # shorter calls are overhead rather than work
 MIN_FIT = 3
 EXPONENT_LIMIT = 0.25  # how far apart the exponents of two backends may be
+HOST_SHARE = 0.8  # of a call's time
 
 # What is compared of two backends, by direction.
 COMPARED = {"bwd": "gradients", "fwd+bwd": "outputs and gradients"}
@@ -78,6 +79,12 @@ def curves(records: Iterable[Record], figure: str = "ms_median") -> dict[Name, d
             name = record["backend"], record["mechanism"], record["is_causal"]
             found.setdefault(name, {})[record["length"]] = record[figure]
     return dict(sorted(found.items(), key=lambda item: (position(item[0][1]), item[0][2], item[0][0])))
+
+
+def waits_for_host(record: Record) -> bool:
+    """Whether a call took about as long as the host needs to enqueue it: its time is not the device's."""
+    dispatch_ms, ms = record["dispatch_ms"], record["ms_median"]
+    return ms is not None and dispatch_ms is not None and dispatch_ms > HOST_SHARE * ms
 
 
 def exponent(lengths: Sequence[int], values: Sequence[float]) -> float:
@@ -148,7 +155,7 @@ def agreement(records: Sequence[Record], *, has_exponents: bool = True) -> Agree
     present = {record["backend"] for record in records}
     if not present.issuperset(BACKENDS):
         return None
-    measured = curves(records)
+    measured = curves(record for record in records if not waits_for_host(record))
     forms = sorted({(record["mechanism"], record["is_causal"]) for record in records})
     refused: list[str] = []
     output_errors: dict[str, float] = {}

@@ -629,6 +629,12 @@ def test_the_verdict_says_what_agrees_and_what_could_not_be_compared() -> None:
     apart = [*curve("jax", "vq_qk", 1.0, 1.0), *curve("torch", "vq_qk", 1.3, 1.0)]
     assert fit.verdict(apart).startswith("backends DISAGREE: outputs")
     assert fit.verdict(apart).endswith("(limit 0.25, most apart in vq_qk causal)")
+    waiting = [
+        r | {"dispatch_ms": 0.9 * r["ms_median"]} for r in apart
+    ]  # times of the host, not of the device
+    assert fit.verdict(waiting).startswith("backends agree: outputs")
+    assert fit.verdict(waiting).endswith("not compared: exponents")
+    assert fit.verdict([r | {"dispatch_ms": 0.1 * r["ms_median"]} for r in apart]) == fit.verdict(apart)
     outputs = [r | {"twin_error": 1e-5} for r in both]
     assert fit.verdict(outputs).startswith("backends DISAGREE: outputs within 1.0e-05 (limit 6e-06)")
     reason = {"status": "failed", "reason": "refused: error", "twin_error": None}

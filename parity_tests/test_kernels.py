@@ -88,9 +88,13 @@ def test_gradients_over_segments() -> None:
 
 
 @pytest.mark.parametrize("codebook_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("n_code", [5, 300])
-def test_codes_are_the_nearest(n_code: int, codebook_dtype: str) -> None:
+@pytest.mark.parametrize("n_code, n_tile", [(5, 1), (300, 1), (300, 2)])
+def test_codes_are_the_nearest(
+    n_code: int, n_tile: int, codebook_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those of float64 wherever the two best scores differ by more than float32 rounds."""
+    jax.clear_caches()
+    monkeypatch.setattr(sizes, "n_tile", lambda length, n_row, tile: n_tile)  # 2: a chunk of codes at a time
     rng = np.random.default_rng(n_code)
     x = np.asarray(jnp.asarray(rng.normal(size=(2, 97, 3, 33)), jnp.bfloat16), np.float64)
     codebook = np.asarray(jnp.asarray(rng.normal(size=(3, n_code, 33)), codebook_dtype), np.float64)

@@ -78,8 +78,9 @@ def test_gradients_go_on_from_what_the_kernel_leaves() -> None:
             assert_gradient_close(getattr(found, name), target, "bfloat16")
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v", "q_local", "k_local"])
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "name, value", [("q", np.nan), ("k", np.inf), ("v", -np.inf), ("q_local", np.inf), ("k_local", -np.inf)]
+)
 def test_nonfinite_inputs_reach_the_rows_that_attend_to_them(name: str, value: float) -> None:
     window = WINDOWS[0]
     inputs = inputs_of(q_len=90, batch=2, has_local=True)

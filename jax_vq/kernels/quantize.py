@@ -17,6 +17,7 @@ from jax_vq.kernels.tiles import (
     launch,
     loop,
     power_of_two,
+    read_numbers,
     read_vectors,
     split,
     tokens,
@@ -36,25 +37,56 @@ def finite_codes(x: Array, codebook: Array) -> Array:
     code is best, or a score is not finite: such a tile is left to a second kernel, which takes in all.
     """
     batch, length, n_head, width = x.shape
-    n_code = codebook.shape[1]
+    n_code, n_row = codebook.shape[1], x.shape[0] * n_head
     size = sizes.size_of("codes", n_code)
-    per_program = sizes.n_tile(length, batch * n_head, size.tile)
     chunk = min(power_of_two(n_code), size.chunk)
+    small = sizes.size_of("codes", chunk)
+    by_chunks = n_code > chunk and sizes.n_tile(length, n_row, small.tile) > 1
+    size = small if by_chunks else size
+    per_program = sizes.n_tile(length, n_row, size.tile)
     n_padded = pl.cdiv(n_code, chunk) * chunk
     padding = (0, 0), (0, n_padded - n_code), (0, power_of_two(width) - width)
     half = jnp.sum(codebook.astype(F32) ** 2, axis=-1) / 2
     half = jnp.pad(half, padding[:2], constant_values=jnp.inf)
     parts = split(jnp.pad(codebook.astype(F32), padding), 1 if codebook.dtype == jnp.bfloat16 else N_PART)
     last = jnp.max(jnp.sum(parts[-1].astype(F32) ** 2, axis=-1), axis=-1)  # [H] largest |c_3|^2
-    n_tile = pl.cdiv(length, size.tile)
-    grid = pl.cdiv(n_tile, per_program), batch * n_head
+    grid = pl.cdiv(pl.cdiv(length, size.tile), per_program), n_row
     codes = jax.ShapeDtypeStruct((batch, length, n_head), jnp.int32)
-    is_open = jax.ShapeDtypeStruct((batch * n_head, grid[0] * per_program), jnp.int32)
+    is_open = jax.ShapeDtypeStruct((n_row, grid[0] * per_program), jnp.int32)
     kernel = partial(_codes_kernel, tile=size.tile, n_tile=per_program, chunk=chunk)
     arrays = x, jnp.concatenate(parts), half
-    found = launch(kernel, (codes, is_open), grid, size.n_warp, size.n_stage)(*arrays, last)
+    if by_chunks:
+        score = jax.ShapeDtypeStruct(codes.shape, F32)
+        results = score, score, codes, is_open
+        run = launch(kernel, results, grid, size.n_warp, size.n_stage, {5: 0, 6: 1, 7: 2})
+        found = _by_chunks(run, x, parts, half, last, chunk, results)
+    else:
+        found = launch(kernel, (codes, is_open), grid, size.n_warp, size.n_stage)(*arrays, last)
     settle = launch(partial(kernel, settles=True), codes, grid, size.n_warp, 1, {len(arrays): 0})
     return settle(*arrays, *found)
+
+
+def _by_chunks(
+    run: Any, x: Array, parts: list[Array], half: Array, last: Array, chunk: int, results: Any
+) -> tuple[Array, Array]:
+    """Codes, and which tiles are open, from one call of a kernel after another, each of a chunk of codes.
+
+    A program keeps its chunk on the chip for all its vectors; where it takes in all chunks for every tile of
+    vectors, that is what it waits for.
+    """
+
+    def part(array: Array, c: Any) -> Array:
+        return lax.dynamic_slice_in_dim(array, c * chunk, chunk, axis=1)
+
+    def step(c: Any, found: Any) -> Any:
+        first = jnp.full((x.shape[2],), c * chunk, jnp.int32)
+        book = jnp.concatenate([part(term, c) for term in parts])
+        return tuple(run(x, book, part(half, c), last, first, *found[:3]))
+
+    fills = -jnp.inf, -jnp.inf, 0, 0
+    start = tuple(jnp.full(like.shape, fill, like.dtype) for like, fill in zip(results, fills, strict=True))
+    found = lax.fori_loop(0, half.shape[1] // chunk, step, start)
+    return found[2], found[3]
 
 
 def nearest_codes(x: Array, codebook: Array) -> Array:
@@ -80,6 +112,12 @@ class Best(NamedTuple):
     second: Array  # the best score of all other codes
     code: Array
 
+    def merged(self, new: "Best", first: Any) -> "Best":
+        """With later codes, which are counted from `first` on."""
+        second = jnp.maximum(jnp.maximum(self.second, new.second), jnp.minimum(self.score, new.score))
+        code = jnp.where(new.score > self.score, new.code + first, self.code)
+        return Best(jnp.maximum(self.score, new.score), second, code)
+
 
 def _codes_kernel(
     x_ref: Any,
@@ -91,7 +129,10 @@ def _codes_kernel(
     chunk: int,
     settles: bool = False,
 ) -> None:
-    """All tiles by the first terms of the codebook, or those that this left open by all terms."""
+    """All tiles by the first terms of the codebook, or those that this left open by all terms.
+
+    With more refs the codebook is one chunk of it, whose codes are better or worse than those before.
+    """
     _, length, n_head, width = x_ref.shape
     n_part, (n_code, n_column) = part_ref.shape[0] // n_head, part_ref.shape[1:]
     group, row = pl.program_id(0), pl.program_id(1)
@@ -117,22 +158,26 @@ def _codes_kernel(
             return best(x, *(whole or book(0)))
 
         def more(c: Any, old: Best) -> Best:
-            new = best(x, *book(c))
-            second = jnp.maximum(jnp.maximum(old.second, new.second), jnp.minimum(old.score, new.score))
-            code = jnp.where(new.score > old.score, new.code + c * chunk, old.code)
-            return Best(jnp.maximum(old.score, new.score), second, code)
+            return old.merged(best(x, *book(c)), c * chunk)
 
         nothing = jnp.full((tile,), -jnp.inf, F32)
         return loop(n_code // chunk, more, Best(nothing, nothing, jnp.zeros((tile,), jnp.int32)))
+
+    first_code = plt.load(refs[1].at[head]) if len(refs) > 3 else 0
 
     def rows_of(i: Any) -> Any:
         return tokens((group * n_tile + i) * tile, tile, length)
 
     def first(i: Any, carry: Any) -> Any:
-        last_ref, code_ref, open_ref = refs
+        last_ref, *before, code_ref, open_ref = refs
         rows = rows_of(i)
         x = read_vectors(x_ref, batch, rows, head, cols)
         found = find(x)
+        if before:
+            _, *old, score_ref, second_ref = before
+            found = Best(*(read_numbers(ref, batch, rows, head, 0) for ref in old)).merged(found, first_code)
+            write_numbers(score_ref, batch, rows, head, found.score)
+            write_numbers(second_ref, batch, rows, head, found.second)
         is_open = ~(jnp.abs(found.score) < jnp.inf)
         if n_part > 1:
             reach = jnp.sqrt(jnp.sum(x.astype(F32) ** 2, axis=1) * plt.load(last_ref.at[head]))

@@ -23,7 +23,6 @@ from jax_vq.kernels.tiles import (
     dot,
     dot_t,
     launch,
-    lower_triangle,
     place_of,
     power_of_two,
     read_numbers,
@@ -159,13 +158,16 @@ def _window_kernel(
     n_chunk = jnp.where(start > 0, jnp.int32(n_code // chunk), jnp.int32(0))
     out, total = lax.fori_loop(jnp.int32(0), n_chunk, far, zero)
     top = jnp.where(total > 0, plt.load(top_ref.at[head, jnp.maximum(query, 0)]), -jnp.inf)
-    carry = exact(rows, lower_triangle(tile), (out, total, top))
-    first = jnp.maximum(start, 0) // tile
+    carry, n_key = (out, total, top), min(tile, chunk)
+    for own in range(0, tile, n_key):
+        row, column = (lax.broadcasted_iota(jnp.int32, (tile, n_key), axis) for axis in (0, 1))
+        carry = exact(tokens(here * tile + own, n_key, length), own + column <= row, carry)
+    first = jnp.maximum(start, 0)
 
     def earlier(i: Any, carry: Any) -> Any:
-        return exact(tokens((first + i) * tile, tile, length), None, carry)
+        return exact(tokens(first + i * n_key, n_key, length), None, carry)
 
-    carry = lax.fori_loop(jnp.int32(0), here - first, earlier, carry)
+    carry = lax.fori_loop(jnp.int32(0), (here * tile - first) // n_key, earlier, carry)
     if form.n_sink:
         n_sink = power_of_two(form.n_sink)
         seen = lax.broadcasted_iota(jnp.int32, (tile, n_sink), 1) < jnp.minimum(start, form.n_sink)
