@@ -11,6 +11,7 @@ from bench.registry import MECHANISMS
 
 COLORS = {
     "vq_qk": "#1b6ca8",
+    "vq_qk_xla": "#7fb3d5",
     "vq_k": "#3aa17e",
     "vq_qk_window": "#6a51a3",
     "vq_k_window": "#8c8c3a",

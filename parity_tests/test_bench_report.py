@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench import __main__ as command_line
-from bench import combined, groups, published, readme, sections, sources
+from bench import combined, groups, plot, published, readme, registry, sections, sources
 from bench.host import ROOT
 from parity_tests.bench_records import record, write
 
@@ -88,6 +88,11 @@ def test_every_suite_has_a_section(tmp_path: Path) -> None:
     }
 
 
+def test_every_mechanism_has_a_color_of_its_own() -> None:
+    assert list(plot.COLORS) == list(registry.MECHANISMS)
+    assert len(set(plot.COLORS.values())) == len(plot.COLORS)
+
+
 def test_accuracy_says_what_no_other_mechanism_beats(tmp_path: Path) -> None:
     figures = {"vq_qk": (1.0, 0.5), "vq_k": (2.0, 0.3), "hyper": (3.0, 0.4)}
     found = [
@@ -121,6 +126,8 @@ def test_published_tables_stand_beside_records_of_their_shape_only(tmp_path: Pat
     assert "| 16,384 | 5.2 | 3.9 | 9 | 7 |" in section
     assert "| 65,536 | 19.8 | 15.0 |  |  |" in section
     assert "| 4,096 | 93 | 84 | 50 |" in section
+    # Finding codes alone took longer than a whole call: there is no rest.
+    assert "attention alone |" not in page_of(tmp_path, [record(1.0, **SHAPE, quantize_ms=2.0)])
     for change in ({"heads": 2}, {"width": 256}, {"batch": 2}, {"direction": "bwd"}, {"mechanism": "vq_k"}):
         source = sources.load(write(tmp_path / "other", [record(9.0, **SHAPE | change)]))
         assert published.section([source]) == "", change
