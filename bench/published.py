@@ -12,7 +12,7 @@ LABEL = (
     f"The columns named published are from {SOURCE}: measured on other hardware, without a valid baseline "
     "(its exact attention ran over the wrong axes), without waiting for the device or warming up, "
     "and with quantization not timed. They are no ratio to ours. Ours time quantization too; 'attention "
-    "alone' is a call without the time to find its codes, empty where those take longer in a call of their own."
+    "alone' is a call without the time to find its codes, empty where those take longer on their own."
 )
 WIDTH, CODES, SWEEP_LENGTH = 512, 128, 16384
 

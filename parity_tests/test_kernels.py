@@ -75,6 +75,15 @@ def test_many_codes_and_wide_values(is_causal: bool) -> None:
 
 
 @pytest.mark.usefixtures("two_segments")
+def test_blocks_of_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States that would take too much memory are further apart: what is between goes key by key."""
+    monkeypatch.setattr(sizes, "MAX_STATE_BYTES", 2**14)
+    inputs = inputs_of(q_len=601, n_head=1, n_code_q=150, n_code_k=139)
+    assert sizes.block_len(256, 601, 2 * inputs.v.shape[3]) == 256
+    assert_close(run(inputs), vq_oracle.vq_attention(*inputs[:5], is_causal=True), "bfloat16")
+
+
+@pytest.mark.usefixtures("two_segments")
 def test_gradients_over_segments() -> None:
     inputs = inputs_of(q_len=301, n_head=2, has_bias=True)
     out, found = differentiable("jax", inputs, "bfloat16", is_causal=True, **KERNELS)(inputs.d_out)

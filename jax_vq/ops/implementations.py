@@ -96,7 +96,7 @@ def why_xla(function: Callable[..., Any], *arguments: Any, **options: Any) -> di
       options: of the call.
 
     Returns:
-      Reasons by step, such as `{"finite_codes": None, "causal_attention": "an exact window ..."}`.
+      Reasons by step, such as `{"finite_codes": None, "causal_attention": "keys only: ..."}`.
 
     Raises:
       ValueError, TypeError: what the call itself raises.
