@@ -143,9 +143,10 @@ def test_equal_codes_take_the_first() -> None:
 
 
 @pytest.mark.usefixtures("two_segments")
-def test_the_future_changes_nothing() -> None:
+@pytest.mark.parametrize("n_code", [19, 139])
+def test_the_future_changes_nothing(n_code: int) -> None:
     """Any change at t leaves every earlier output exactly as it was, though a NaN takes another loop."""
-    inputs = inputs_of(q_len=421, n_head=1)
+    inputs = inputs_of(q_len=421, n_head=1, n_code_k=n_code)
     before = run(inputs)
     for t, value in ((1, np.nan), (130, np.inf), (130, 3.0), (300, np.nan)):
         changed = inputs._replace(q=inputs.q.copy(), k=inputs.k.copy(), v=inputs.v.copy())
@@ -154,9 +155,9 @@ def test_the_future_changes_nothing() -> None:
         np.testing.assert_array_equal(run(changed)[:, :t], before[:, :t])
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_nonfinite_inputs_reach_the_rows_that_attend_to_them(is_causal: bool) -> None:
-    inputs = inputs_of(q_len=90, batch=2)
+@pytest.mark.parametrize("is_causal, n_code", [(False, 19), (True, 19), (True, 139)])
+def test_nonfinite_inputs_reach_the_rows_that_attend_to_them(is_causal: bool, n_code: int) -> None:
+    inputs = inputs_of(q_len=150, batch=2, n_code_k=n_code)
     clean = run(inputs, is_causal=is_causal)
     t, head = 13, 1
     for name, value in (("q", np.nan), ("k", np.inf), ("v", np.nan), ("v", -np.inf)):

@@ -124,6 +124,14 @@ def test_huge_scores_run_the_plain_way() -> None:
     np.testing.assert_array_equal(out, plain)
 
 
+def test_states_that_would_take_too_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = inputs_of(q_len=64)
+    n_byte = 64 // 16 * 2 * 13 * 2 * 19  # blocks, heads, width and bytes of a value, codes
+    for limit, is_within in ((n_byte, True), (n_byte - 1, False)):
+        monkeypatch.setattr(sizes, "MAX_STATE_BYTES", limit)
+        assert is_by_kernel(inputs, WINDOWS[0]) == is_within
+
+
 @pytest.mark.parametrize(
     "window, reason",
     [

@@ -69,7 +69,7 @@ def why_not(
         return f"{n_code} key codes: the kernel is for at most {sizes.MAX_CODES}"
     if keys.v.shape[1] > MAX_LENGTH:
         return f"{keys.v.shape[1]} tokens: the kernel counts to {MAX_LENGTH}"
-    return vq_window.why_not(queries, keys, form) if form.has_exact else None
+    return vq_window.why_not(queries, keys, n_code, form) if form.has_exact else None
 
 
 class Tables(NamedTuple):
@@ -140,13 +140,13 @@ def causal_attention(
     )
     grid = pl.cdiv(length, each), batch * n_head, pl.cdiv(width, n_column)
     kernel = partial(_causal_kernel, tile=size.tile, n_tile=each // size.tile, chunk=chunk, n_column=n_column)
-    arrays = queries.codes, keys.codes, keys.v, *tables[:3], *before, mode
+    coded = queries.codes, keys.codes, keys.v
     if n_padded > chunk:
         states = block_states(keys.codes, keys.v, before, each, block)
-        results = block_attention(
-            queries.codes, keys.codes, keys.v, tables.weight, tables.top, states, mode, block
-        )
-    else:
+        results = block_attention(*coded, tables.weight, tables.top, states, mode, block)
+        mode = jnp.where(mode == 1, 0, mode)  # those are done
+    arrays = *coded, *tables[:3], *before, mode
+    if n_padded <= chunk:
         results = launch(kernel, shapes, grid, size.n_warp, size.n_stage)(*arrays)
     careful = launch(
         partial(kernel, is_careful=True), shapes, grid, size.n_warp, 1, {len(arrays): 0, len(arrays) + 1: 1}

@@ -100,8 +100,10 @@ def _states_kernel(
             plt.store(count_ref.at[batch, head, here, at], jnp.max(number, axis=1))
 
         rows = tokens((segment * n_block * n_tile + i) * tile, tile, length)
-        hot = one_hot(read_numbers(code_ref, batch, rows, head, -2), first, chunk, dtype)
+        code = read_numbers(code_ref, batch, rows, head, -2)
         v = read_vectors(v_ref, batch, rows, head, cols)
+        v = jnp.where((code == -1)[:, None], jnp.full_like(v, jnp.nan), v)
+        hot = one_hot(code, first, chunk, dtype)
         return total + dot(hot, v), number + dot(hot, jnp.ones((tile, NARROW), dtype))
 
     sums = read_sums(sum_ref, number_ref, (batch, head, segment), first, chunk, cols)
@@ -131,7 +133,9 @@ def block_attention(
     mode: Array,
     block: int,
 ) -> tuple[Array, Array]:
-    """Output and log-sum-exp of the segments of mode 0; nothing is written of the others.
+    """Output and log-sum-exp of the segments of mode 0, and of mode 1: those with a NaN or inf.
+
+    The others are left as they are.
 
     Args:
       query_codes: int32 `[B, T, H]`; key_codes: `[B, T, K]`; v: `[B, T, K, V]`.
@@ -156,8 +160,11 @@ def block_attention(
         jax.ShapeDtypeStruct((batch, length, n_head), F32),
     )
     grid = pl.cdiv(length, size.tile), batch * n_head, pl.cdiv(width, n_column)
-    run = launch(kernel, shapes, grid, size.n_warp, size.n_stage)
-    out, lse = run(query_codes, key_codes, v, weight, top, *states, mode)
+    arrays = query_codes, key_codes, v, weight, top, *states, mode
+    found = launch(kernel, shapes, grid, size.n_warp, size.n_stage)(*arrays)
+    aliases = {len(arrays): 0, len(arrays) + 1: 1}
+    careful = launch(partial(kernel, contains=True), shapes, grid, size.n_warp, size.n_stage, aliases)
+    out, lse = careful(*arrays, *found)
     return out, lse
 
 
@@ -170,21 +177,22 @@ def _block_kernel(
     state_ref: Any,
     count_ref: Any,
     mode_ref: Any,
-    out_ref: Any,
-    lse_ref: Any,
-    *,
+    *refs: Any,
     tile: int,
     n_tile: int,
     n_block: int,
     chunk: int,
     n_column: int,
+    contains: bool = False,
 ) -> None:
+    """Tiles of segments without a NaN or inf; or with one, which is kept from the rows before it."""
+    out_ref, lse_ref = refs[-2:]
     length, n_head, width = out_ref.shape[1:]
     n_key_head, n_code, dtype = v_ref.shape[2], weight_ref.shape[2], v_ref.dtype
     here, batch, head, key_head = place_of(n_head, n_key_head)
     block, cols = here // n_tile, columns(pl.program_id(2), n_column, width)
 
-    @pl.when(plt.load(mode_ref.at[batch, head, block // n_block]) == 0)
+    @pl.when(plt.load(mode_ref.at[batch, head, block // n_block]) == int(contains))
     def run() -> None:
         rows = tokens(here * tile, tile, length)
         query = read_numbers(query_ref, batch, rows, head, 0)
@@ -210,17 +218,26 @@ def _block_kernel(
             total += jnp.sum(dot(weight, count), axis=1)
             return out + dot(weight, value), total, near + dot(weight, one_hot(key, c * chunk, chunk, dtype))
 
+        def attend(out: Array, near: Array, key: Array, v: Array, sees: Array) -> Array:
+            """With keys of these weights, `sees [T, T]` of them."""
+            if not contains:
+                return out + dot(near.astype(dtype), v)
+            bad = ~(jnp.abs(v.astype(F32)) < jnp.inf) | (key == -1)[:, None]
+            out += dot(near.astype(dtype), jnp.where(bad, jnp.zeros_like(v), v))
+            return jnp.where(dot(sees.astype(dtype), bad.astype(dtype)) > 0, jnp.nan, out)
+
         key, v = keys_at(here)
+        lower = lower_triangle(tile)
         zero = jnp.zeros((tile, n_column), F32), jnp.zeros((tile,), F32), jnp.zeros((tile, tile), F32)
         out, total, near = loop(n_code // chunk, far, zero)
-        near = jnp.where(lower_triangle(tile), near, 0)
-        out, total = out + dot(near.astype(dtype), v), total + jnp.sum(near, axis=1)
+        near = jnp.where(lower, near, 0)
+        out, total = attend(out, near, key, v, lower), total + jnp.sum(near, axis=1)
 
         def earlier(i: Any, carry: Any) -> Any:
             out, total = carry
             key, v = keys_at(i)
             near = weights_of(key)
-            return out + dot(near.astype(dtype), v), total + jnp.sum(near, axis=1)
+            return attend(out, near, key, v, jnp.ones_like(lower)), total + jnp.sum(near, axis=1)
 
         if n_tile > 1:
             out, total = lax.fori_loop(block * n_tile, here, earlier, (out, total))

@@ -41,7 +41,7 @@ MAX_SINK = 128
 NO_CODE = -2  # of a key that is not seen through codes
 
 
-def why_not(queries: Queries, keys: Keys, form: Form) -> str | None:
+def why_not(queries: Queries, keys: Keys, n_code: int, form: Form) -> str | None:
     """Why an exact part cannot run in the kernel, or None."""
     if not form.is_whole:
         return "padding, documents or a state: the kernel of the window is for one whole sequence"
@@ -53,6 +53,9 @@ def why_not(queries: Queries, keys: Keys, form: Form) -> str | None:
         return (
             f"block_len {form.block_len} and mem_len {form.mem_len}: the kernel is for multiples of {NARROW}"
         )
+    n_byte = keys.v.size * keys.v.dtype.itemsize // spacing(form) * n_code
+    if n_byte > sizes.MAX_STATE_BYTES:
+        return f"states of {n_byte / 2**30:.1f} GiB: the kernel is for at most {sizes.MAX_STATE_BYTES >> 30}"
     if keys.k_local.shape[3] > sizes.MAX_WIDTH:
         return f"local keys of width {keys.k_local.shape[3]}: the kernel is for at most {sizes.MAX_WIDTH}"
     return None
