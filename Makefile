@@ -28,7 +28,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[setup] making $(VENV) with $$("$(PYTHON)" -V)"
 	@"$(PYTHON)" -m venv $(VENV)
 	@echo "[setup] installing .[$(EXTRAS)] at the versions of constraints.txt (once; takes some minutes)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	@# --no-compile: most of what is installed is never imported; what is, Python compiles then
+	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 	@echo "[setup] done"
 
