@@ -163,12 +163,13 @@ def _with_window(
     n_padded, _ = padded_codes(n_code)
     tile = math.lcm(sizes.size_of("sums", n_padded).tile, vq_window.spacing(form))
     each = segment_len(length, batch * n_key_head, tile)
-    sums = segment_sums(vq_window.coded_keys(keys, form), keys.v, n_code, each)
+    coded = keys._replace(codes=vq_window.coded_keys(keys, form))
+    sums = segment_sums(coded.codes, keys.v, n_code, each)
     tables = Tables.of(books, n_padded, keys.v.dtype)
     out, lse = lax.cond(
         jnp.any(tables.is_wide) | vq_window.is_irregular(keys, sums, form),
         lambda: plain_attention(queries, keys, books, state, form)[:2],
-        lambda: vq_window.window_attention(queries, keys, tables.weight, tables.top, sums, each, form),
+        lambda: vq_window.window_attention(queries, coded, tables.weight, tables.top, sums, each, form),
     )
     return out, lse, coded_of(state)
 

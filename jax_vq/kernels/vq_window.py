@@ -32,7 +32,7 @@ from jax_vq.kernels.tiles import (
     write_numbers,
     write_vectors,
 )
-from jax_vq.kernels.vq_states import States, block_states, read_state
+from jax_vq.kernels.vq_states import block_states, read_state
 from jax_vq.kernels.vq_sums import Sums, before_segments
 from jax_vq.ops.vq_blocks import Form, Keys
 from jax_vq.ops.vq_causal import Queries
@@ -85,11 +85,12 @@ def window_attention(
     """Output and log-sum-exp, where nothing `is_irregular`.
 
     Args:
+      keys: their codes are `coded_keys`.
       weight: `[H, Cq, C]`, top: `[H, Cq]`, of `vq_causal.Tables`.
       sums: of every segment of `segment_len` tokens, a multiple of `spacing`, without the sinks.
     """
     before, step = before_segments(sums, None), spacing(form)
-    states = block_states(coded_keys(keys, form), keys.v, before, segment_len, step)
+    states = block_states(keys.codes, keys.v, before, segment_len, step)
     batch, length, n_head = queries.codes.shape
     width, n_code = keys.v.shape[3], weight.shape[2]
     size = sizes.size_of("window", n_code)
@@ -105,7 +106,7 @@ def window_attention(
     grid = pl.cdiv(length, tile), batch * n_head, pl.cdiv(width, n_column)
     run = launch(kernel, shapes, grid, size.n_warp, size.n_stage)
     arrays = queries.codes, queries.q_local, keys.k_local, keys.v, weight, top
-    out, lse = run(*arrays, *States(*states))
+    out, lse = run(*arrays, *states)
     return out, lse
 
 
