@@ -146,7 +146,7 @@ def test_the_command_reads_folders_of_folders_and_refuses_wrong_files(
     out = tmp_path / "out"
     assert command_line.main(["report", str(ROOT / "bench" / "results"), "--out", str(out)]) == 0
     assert f"report: {out / 'report.md'}" in capsys.readouterr().out
-    assert "h200_bfloat16_fwd+bwd" in (out / "report.md").read_text()
+    assert "h200_bfloat16_kernels_fwd+bwd" in (out / "report.md").read_text()
     assert command_line.main(["report"]) == 2
     assert "error: name result files, or a page with --readme" in capsys.readouterr().err
     torn = write(tmp_path / "torn", [record()]) / "records.jsonl"
