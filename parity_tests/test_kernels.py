@@ -236,6 +236,23 @@ def test_kernels_lower_for_a_gpu(is_causal: bool, n_kernel: int, monkeypatch: py
     assert len(re.findall(r"custom_call.*xla\.gpu\.triton", text)) == n_kernel
 
 
+def test_kernels_have_no_64_bit_types() -> None:
+    """With jax_enable_x64, as here, a compiled loop that counts to 64 bits went wrong."""
+    found = []
+
+    def step(i: Any, total: Any) -> Any:
+        found.append(i.dtype)
+        return total + i.astype(jnp.float32)
+
+    def kernel(out_ref: Any) -> None:
+        out_ref[...] = tiles.loop(4, step, jnp.zeros((16,)))
+
+    out = tiles.launch(kernel, jax.ShapeDtypeStruct((16,), jnp.float32), (1,), 4, 1)()
+    assert jnp.arange(1).dtype == jnp.int64
+    assert set(found) == {jnp.dtype("int32")}
+    np.testing.assert_array_equal(out, np.full(16, 6.0))
+
+
 @pytest.mark.parametrize(
     "options, arrays, step, reason",
     [

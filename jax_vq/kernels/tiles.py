@@ -36,8 +36,11 @@ def launch(
     """A kernel as a function of its input arrays: compiled, or interpreted where there is no GPU.
 
     `aliases` are inputs whose memory, with what is in it, outputs take.
+
+    A kernel is made without 64-bit types, also where jax has them: Triton got a loop inside a loop wrong
+    whose counter had 64 bits.
     """
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         out_shape=out_shape,
         grid=grid,
@@ -45,6 +48,12 @@ def launch(
         compiler_params=plt.CompilerParams(num_warps=n_warp, num_stages=n_stage),
         interpret=is_interpreted(),
     )
+
+    def run(*arrays: Array) -> Any:
+        with jax.enable_x64(False):
+            return call(*arrays)
+
+    return run
 
 
 def power_of_two(n: int, low: int = NARROW) -> int:
@@ -135,19 +144,6 @@ def in_parts(x: Array, dtype: Any) -> Array:
 def as_columns(x: Array) -> Array:
     """`[N]` as `[N, NARROW]` of equal columns."""
     return jnp.broadcast_to(x[:, None], (x.shape[0], NARROW))
-
-
-def split(x: Array, n_part: int) -> list[Array]:
-    """Float32 as bfloat16 arrays that sum to it: three hold all its 24 bits.
-
-    `reduce_precision` and no cast: XLA takes a cast to and fro for nothing.
-    """
-    parts = []
-    for _ in range(n_part):
-        part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-        parts.append(part.astype(jnp.bfloat16))
-        x = x - part
-    return parts
 
 
 def lower_triangle(size: int, *, is_strict: bool = False) -> Array:
