@@ -72,7 +72,6 @@ def test_the_page_has_times_peaks_errors_and_what_could_not_be_compared(
 
 
 def test_committed_results_equal_themselves(capsys: Capture) -> None:
-    """They are of versions that had fewer keys."""
     folder = ROOT / "bench" / "results" / "h200_bfloat16_decode_window"
     assert command_line.main(["compare", str(folder), str(folder)]) == 0
     page = capsys.readouterr().out

@@ -10,6 +10,7 @@ import torch
 
 import jax_vq
 import torch_ref
+from jax_vq.ops.quantize import scores_by_terms
 from parity_tests.support import DTYPES, assert_close, to_jax, to_numpy, to_torch
 from vq_common import oracle
 from vq_common.cases import Case, case_inputs, cases
@@ -34,6 +35,17 @@ def test_codes_match_oracle_and_twin(case: Case, dtype: str) -> None:
         assert str(codes.dtype).endswith("int32")
         assert tuple(codes.shape) == x.shape[:3]
         np.testing.assert_array_equal(to_numpy(codes)[clear], expected[clear])
+
+
+def test_scores_by_terms_have_all_bits_of_the_codebook() -> None:
+    """What a GPU computes in place of float32 products, to the rounding of a float32 sum."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 33, 3, 17)), jnp.bfloat16)
+    codebook = jnp.asarray(rng.standard_normal((3, 21, 17)), jnp.float32)
+    found = scores_by_terms(x, codebook)
+    assert found.dtype == jnp.float32
+    expected = np.einsum("bthd,hcd->bthc", to_numpy(x), to_numpy(codebook))
+    assert np.abs(to_numpy(found) - expected).max() < 3e-6
 
 
 @pytest.mark.parametrize("package, convert", PAIRS)

@@ -17,15 +17,12 @@ from jax_vq.kernels.tiles import (
     launch,
     loop,
     power_of_two,
-    read_numbers,
     read_vectors,
-    split,
     tokens,
     write_numbers,
 )
 from jax_vq.ops.implementations import Kernel
-
-N_PART = 3  # bfloat16 terms of a float32 codebook: all of its bits, as float32 products would use
+from jax_vq.ops.numerics import N_PART, split
 
 
 def finite_codes(x: Array, codebook: Array) -> Array:
@@ -56,8 +53,8 @@ def finite_codes(x: Array, codebook: Array) -> Array:
     kernel = partial(_codes_kernel, tile=size.tile, n_tile=per_program, chunk=chunk)
     arrays = x, jnp.concatenate(parts), half
     if by_chunks:
-        score = jax.ShapeDtypeStruct(codes.shape, F32)
-        results = score, score, codes, is_open
+        score, code = (jax.ShapeDtypeStruct((n_row, length), dtype) for dtype in (F32, jnp.int32))
+        results = score, score, code, is_open
         run = launch(kernel, results, grid, size.n_warp, size.n_stage, {5: 0, 6: 1, 7: 2})
         found = _by_chunks(run, x, parts, half, last, chunk, results)
     else:
@@ -72,7 +69,8 @@ def _by_chunks(
     """Codes, and which tiles are open, from one call of a kernel after another, each of a chunk of codes.
 
     A program keeps its chunk on the chip for all its vectors; where it takes in all chunks for every tile of
-    vectors, that is what it waits for.
+    vectors, that is what it waits for. What is known of a vector is kept head by head meanwhile, so that a
+    program reads numbers that lie side by side.
     """
 
     def part(array: Array, c: Any) -> Array:
@@ -86,7 +84,8 @@ def _by_chunks(
     fills = -jnp.inf, -jnp.inf, 0, 0
     start = tuple(jnp.full(like.shape, fill, like.dtype) for like, fill in zip(results, fills, strict=True))
     found = lax.fori_loop(0, half.shape[1] // chunk, step, start)
-    return found[2], found[3]
+    batch, length, n_head, _ = x.shape
+    return jnp.swapaxes(found[2].reshape(batch, n_head, length), 1, 2), found[3]
 
 
 def nearest_codes(x: Array, codebook: Array) -> Array:
@@ -175,14 +174,16 @@ def _codes_kernel(
         found = find(x)
         if before:
             _, *old, score_ref, second_ref = before
-            found = Best(*(read_numbers(ref, batch, rows, head, 0) for ref in old)).merged(found, first_code)
-            write_numbers(score_ref, batch, rows, head, found.score)
-            write_numbers(second_ref, batch, rows, head, found.second)
+            known = (plt.load(ref.at[row, rows[0]], mask=rows[1], other=0) for ref in old)
+            found = Best(*known).merged(found, first_code)
+            for ref, now in zip((score_ref, second_ref, code_ref), found, strict=True):
+                plt.store(ref.at[row, rows[0]], now, mask=rows[1])
+        else:
+            write_numbers(code_ref, batch, rows, head, found.code)
         is_open = ~(jnp.abs(found.score) < jnp.inf)
         if n_part > 1:
             reach = jnp.sqrt(jnp.sum(x.astype(F32) ** 2, axis=1) * plt.load(last_ref.at[head]))
             is_open = is_open | (found.score - found.second <= 2 * reach)
-        write_numbers(code_ref, batch, rows, head, found.code)
         plt.store(open_ref.at[row, group * n_tile + i], jnp.max((is_open & rows[1]).astype(jnp.int32)))
         return carry
 

@@ -12,7 +12,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 Carry = TypeVar("Carry")
 
 CHUNK_BYTES = 16 * 2**20  # of temporaries on a CPU: more falls out of its caches
-GPU_FACTOR = 16  # a GPU needs more work at once
+GPU_FACTOR = 32  # a GPU needs more work at once: half of it takes 11 % longer, twice as much saves 3 %
+N_PART = 3  # bfloat16 numbers that hold a float32: all of its bits
 
 
 def acc_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -38,6 +39,19 @@ def einsum(spec: str, x: Array, y: Array) -> Array:
     found = "".join([*shared, *(axis for axis in left + right if axis in out and axis not in shared)])
     product = jnp.einsum(f"{left},{right}->{found}", x, y, **options)
     return jnp.transpose(product, [found.index(axis) for axis in out])
+
+
+def split(x: Array, n_part: int = N_PART) -> list[Array]:
+    """Float32 as bfloat16 arrays that sum to it, to so many terms.
+
+    `reduce_precision` and no cast: XLA takes a cast to and fro for nothing.
+    """
+    parts = []
+    for _ in range(n_part):
+        part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        parts.append(part.astype(jnp.bfloat16))
+        x = x - part
+    return parts
 
 
 def is_code(codes: Array, n_code: int) -> Array:
