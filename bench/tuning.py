@@ -67,6 +67,8 @@ def candidates(kernel: str, n_code: int, width: int) -> list[Size]:
         "window": ((64, 128), (wide,), (4, 8), (1, 2, 3)),
         "grad_queries": ((32, 64, 128), (wide,), (4, 8), (1, 2, 3)),
         "grad_keys": ((32, 64), (wide,), (4, 8), (1, 2, 3)),
+        "grad_states": ((64, 128), tuple({half, wide}), (4, 8), (2, 3, 4)),
+        "grad_blocks": ((64, 128), (wide,), (4, 8), (1, 2, 3)),
     }
     tiles, columns, warps, stages = choices[kernel]
     chunk = min(n_code, 128)
@@ -104,11 +106,10 @@ def calls(shape: Shape, n_code: int) -> Iterator[Call]:
     for kernel in ("states", "blocks") if n_padded > chunk else ("causal",):
         yield Call(kernel, n_code, causal, (queries, keys, books, state))
     yield _windowed(q, k, v, codes_q, codes_k, books)
-    if n_code > sizes.MAX_CODES_GRAD:
-        return
     out, lse = causal(queries, keys, books, state)
     arrays = queries, keys, books, state, out, lse, d_out
-    for kernel in ("grad_queries", "grad_keys"):
+    in_registers = n_padded <= sizes.MAX_CODES_IN_REGISTERS
+    for kernel in ("grad_queries", "grad_keys") if in_registers else ("grad_states", "grad_blocks"):
         yield Call(kernel, n_code, _gradients, arrays)
 
 

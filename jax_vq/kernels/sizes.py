@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 MAX_WIDTH = 128  # of vectors that are read whole
-MAX_CODES = 512  # of keys that causal attention is for
-MAX_CODES_GRAD = 128
+MAX_CODES = 512  # of keys that causal attention is for; of queries too, for its gradients
+MAX_CODES_IN_REGISTERS = 128  # of gradients that follow a segment
 MIN_VECTORS = 64  # that codes are found of: fewer fill no tile
 N_PROCESSOR = 132  # of an H200
 MAX_STATE_BYTES = 2**33
@@ -66,9 +66,11 @@ def trying(kernel: str, size: Size) -> Iterator[None]:
         del _TRIED[kernel]
 
 
-def block_len(n_code: int, n_vector: int, vector_bytes: int) -> int:
+def block_len(
+    n_code: int, n_vector: int, vector_bytes: int, kernels: tuple[str, ...] = ("states", "blocks")
+) -> int:
     """Tokens between two states, which take at most `MAX_STATE_BYTES` for `n_vector` tokens and heads."""
-    block = max(size_of("states", n_code).tile, size_of("blocks", n_code).tile)
+    block = max(size_of(kernel, n_code).tile for kernel in kernels)
     while n_vector * n_code * vector_bytes > MAX_STATE_BYTES * block:
         block *= 2
     return block

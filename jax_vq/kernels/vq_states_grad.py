@@ -1,0 +1,223 @@
+"""Gradients of causal attention over more codes than registers hold.
+
+In the notation of `vq_causal_grad.py`, sums by code go through memory (`vq_states.py`): `u_s`, `n_s` over the
+keys before each block, and `G_c`, `g_c` over the queries after it. One kernel then takes every tile by
+itself: its queries over chunks of key codes, the pairs inside of it, its keys over chunks of query codes.
+With `k^_j = codebook_k[z_k(j)]` and `q^_i` likewise, pairs need no sums by code:
+
+    d_q_i = scale (sum_s E[z_q(i), s] r_i (d_out_i . u_s - D_i n_s) codebook_k[s] + sum_j dS_ij k^_j)
+    d_k_j = scale (sum_c E[c, z_k(j)] (G_c . v_j - g_c) codebook_q[c] + sum_i dS_ij q^_i)
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from jax_vq.kernels import sizes
+from jax_vq.kernels.tiles import (
+    F32,
+    columns,
+    dot,
+    dot_t,
+    launch,
+    loop,
+    lower_triangle,
+    one_hot,
+    place_of,
+    power_of_two,
+    read_numbers,
+    read_rows,
+    read_vectors,
+    t_dot,
+    tokens,
+    write_vectors,
+)
+from jax_vq.kernels.vq_states import States, block_states, read_values
+from jax_vq.kernels.vq_sums import Sums, before_segments, segment_sums
+from jax_vq.ops.vq_blocks import Keys
+
+
+class RowData(NamedTuple):
+    """What the backward pass knows of every query, `[B, T, H, ...]`."""
+
+    codes: Array  # int32
+    d_out: Array  # [..., V]
+    share: Array  # float32 `r`
+    delta: Array  # float32 `D`, less the gradient of the log-sum-exp
+
+
+def block_gradients(
+    rows: RowData, keys: Keys, weight: Array, book_q: Array, book_k: Array, first: Sums, width: int
+) -> tuple[Array, Array, Array]:
+    """Gradients of queries, keys and values, `[B, T, H, ...]` by query head.
+
+    Args:
+      weight: `[H, Cq, Ck]`, `E` of `vq_causal.Tables`; codes are padded to whole chunks.
+      book_q: `[H, Cq, D]`, book_k: `[K, Ck, D]`, scaled; D is padded to a power of two, from `width`.
+      first: sums over the keys before the call, as one segment.
+    """
+    batch, length, n_head, value_width = rows.d_out.shape
+    n_code, dtype = max(weight.shape[1:]), keys.v.dtype
+    n_vector = batch * length * (n_head + keys.v.shape[2])
+    names = "grad_states", "grad_blocks"
+    block = sizes.block_len(n_code, n_vector, value_width * dtype.itemsize, names)
+    earlier = _states(keys.codes, keys.v, first, block)
+    shape = batch, n_head, 1, weight.shape[1]
+    last = Sums(jnp.zeros((*shape, value_width), F32), jnp.zeros(shape, F32))
+    later = _states(rows.codes, rows.d_out, last, block, rows.share, rows.delta)
+    size = sizes.size_of("grad_blocks", n_code)
+    run = launch(
+        partial(_gradient_kernel, tile=size.tile, n_tile=block // size.tile, chunk=size.chunk),
+        tuple(jax.ShapeDtypeStruct((batch, length, n_head, n), dtype) for n in (width, width, value_width)),
+        (pl.cdiv(length, size.tile), batch * n_head),
+        size.n_warp,
+        size.n_stage,
+    )
+    tables = weight, jnp.swapaxes(weight, 1, 2), book_q, book_k
+    d_q, d_k, d_v = run(*rows, keys.codes, keys.v, *tables, *earlier, *later)
+    return d_q, d_k, d_v
+
+
+def _states(
+    codes: Array,
+    vectors: Array,
+    first: Sums,
+    block: int,
+    weights: Array | None = None,
+    numbers: Array | None = None,
+) -> States:
+    """`block_states` of as many segments as leave a program for each processor.
+
+    Args:
+      first: sums where the first segment starts; with weights, where the last one ends.
+    """
+    batch, length, n_head, width = vectors.shape
+    n_code = first.numbers.shape[3]
+    size = sizes.size_of("grad_states", n_code)
+    n_program = batch * n_head * pl.cdiv(n_code, size.chunk) * pl.cdiv(width, size.columns)
+    step = max(block, sizes.size_of("sums", n_code).tile)
+    n_step = pl.cdiv(length, step)
+    each = pl.cdiv(n_step, sizes.n_segment(length, n_program, step)) * step
+    before = first
+    if each < length:
+        sums = segment_sums(codes, vectors, n_code, each, weights, numbers)
+        before = before_segments(sums, first, is_reverse=weights is not None)
+    return block_states(codes, vectors, before, each, block, weights, numbers, kernel_name="grad_states")
+
+
+def _gradient_kernel(
+    query_ref: Any,
+    d_out_ref: Any,
+    share_ref: Any,
+    delta_ref: Any,
+    key_ref: Any,
+    v_ref: Any,
+    weight_ref: Any,
+    weight_t_ref: Any,
+    book_q_ref: Any,
+    book_k_ref: Any,
+    value_ref: Any,
+    count_ref: Any,
+    later_ref: Any,
+    number_ref: Any,
+    d_q_ref: Any,
+    d_k_ref: Any,
+    d_v_ref: Any,
+    *,
+    tile: int,
+    n_tile: int,
+    chunk: int,
+) -> None:
+    length, n_head, width = d_out_ref.shape[1:]
+    n_key_head, dtype = v_ref.shape[2], v_ref.dtype
+    n_code_q, n_code_k = weight_ref.shape[1:]
+    chunk_q, chunk_k, d_width = min(chunk, n_code_q), min(chunk, n_code_k), book_q_ref.shape[2]
+    here, batch, head, key_head = place_of(n_head, n_key_head)
+    block = here // n_tile
+    cols = columns(0, power_of_two(width), width)
+    d_cols = columns(0, d_width, d_q_ref.shape[3])
+
+    def queries_at(i: Any) -> RowData:
+        rows = tokens(i * tile, tile, length)
+        share, delta = (read_numbers(ref, batch, rows, head, 0.0)[:, None] for ref in (share_ref, delta_ref))
+        query = read_numbers(query_ref, batch, rows, head, 0)
+        return RowData(query, read_vectors(d_out_ref, batch, rows, head, cols), share, delta)
+
+    def keys_at(i: Any) -> tuple[Array, Array]:
+        rows = tokens(i * tile, tile, length)
+        key = read_numbers(key_ref, batch, rows, key_head, -2)
+        return key, read_vectors(v_ref, batch, rows, key_head, cols)
+
+    def read_book(ref: Any, head: Any, first: Any, size: int) -> Array:
+        return plt.load(ref.at[head, pl.ds(first, size), :])
+
+    def picked(query: Array, key: Array) -> Array:
+        """`E` of every pair of a query and a key."""
+
+        def more(c: Any, near: Array) -> Array:
+            weight = read_rows(weight_ref, head, query, c * chunk_k, chunk_k)
+            return near + dot(weight, one_hot(key, c * chunk_k, chunk_k, dtype))
+
+        return loop(n_code_k // chunk_k, more, jnp.zeros((tile, tile), F32))
+
+    def pairs(rows: RowData, v: Array, near: Array, sees: Array) -> tuple[Array, Array]:
+        """`P` and `dS`, `[T, T]`."""
+        near = jnp.where(sees, near * rows.share, 0)
+        d_near = jnp.where(sees, near * (dot_t(rows.d_out, v) - rows.delta), 0)
+        return near.astype(dtype), d_near.astype(dtype)
+
+    def of_queries(c: Any, carry: Any) -> Any:
+        d_q, near = carry
+        weight = read_rows(weight_ref, head, rows.codes, c * chunk_k, chunk_k)
+        place = batch, key_head, block
+        value, count = read_values(value_ref, count_ref, place, c * chunk_k, chunk_k, cols)
+        near += dot(weight, one_hot(key, c * chunk_k, chunk_k, dtype))
+        d_code = weight.astype(F32) * rows.share * (dot_t(rows.d_out, value) - rows.delta * count[None, :])
+        book = read_book(book_k_ref, key_head, c * chunk_k, chunk_k)
+        return d_q + dot(d_code.astype(dtype), book), near
+
+    def of_keys(c: Any, carry: Any) -> Any:
+        d_k, d_v = carry
+        weight = read_rows(weight_t_ref, head, key, c * chunk_q, chunk_q)
+        place = batch, head, block
+        value, number = read_values(later_ref, number_ref, place, c * chunk_q, chunk_q, cols)
+        d_code = weight.astype(F32) * (dot_t(v, value) - number[None, :])
+        book = read_book(book_q_ref, head, c * chunk_q, chunk_q)
+        return d_k + dot(d_code.astype(dtype), book), d_v + dot(weight, value)
+
+    rows, (key, v) = queries_at(here), keys_at(here)
+    zero = jnp.zeros((tile, d_width), F32)
+    d_q, near = loop(n_code_k // chunk_k, of_queries, (zero, jnp.zeros((tile, tile), F32)))
+    lower = lower_triangle(tile)
+    near, d_near = pairs(rows, v, near, lower)
+    d_q += dot(d_near, read_rows(book_k_ref, key_head, key, 0, d_width))
+
+    def from_key(i: Any, d_q: Array) -> Array:
+        key, v = keys_at(i)
+        _, d_near = pairs(rows, v, picked(rows.codes, key), jnp.ones_like(lower))
+        return d_q + dot(d_near, read_rows(book_k_ref, key_head, key, 0, d_width))
+
+    if n_tile > 1:
+        d_q = lax.fori_loop(block * n_tile, here, from_key, d_q)
+    write_vectors(d_q_ref, batch, tokens(here * tile, tile, length), head, d_cols, d_q)
+
+    d_v = t_dot(near, rows.d_out)
+    d_k = t_dot(d_near, read_rows(book_q_ref, head, rows.codes, 0, d_width))
+
+    def from_query(i: Any, carry: Any) -> Any:
+        d_k, d_v = carry
+        rows = queries_at(i)
+        near, d_near = pairs(rows, v, picked(rows.codes, key), jnp.ones_like(lower))
+        d_k += t_dot(d_near, read_rows(book_q_ref, head, rows.codes, 0, d_width))
+        return d_k, d_v + t_dot(near, rows.d_out)
+
+    if n_tile > 1:
+        d_k, d_v = lax.fori_loop(here + 1, (block + 1) * n_tile, from_query, (d_k, d_v))
+    d_k, d_v = loop(n_code_q // chunk_q, of_keys, (d_k, d_v))
+    write_vectors(d_k_ref, batch, tokens(here * tile, tile, length), head, d_cols, d_k)
+    write_vectors(d_v_ref, batch, tokens(here * tile, tile, length), head, cols, d_v)
