@@ -77,17 +77,31 @@ def test_many_codes_and_wide_values(is_causal: bool) -> None:
 @pytest.mark.usefixtures("two_segments")
 def test_blocks_of_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """States that would take too much memory are further apart: what is between goes key by key."""
-    monkeypatch.setattr(sizes, "MAX_STATE_BYTES", 2**14)
-    inputs = inputs_of(q_len=601, n_head=1, n_code_q=150, n_code_k=139)
+    monkeypatch.setattr(sizes, "MAX_STATE_BYTES", 3 * 2**13)
+    inputs = inputs_of(q_len=601, n_head=2, n_kv_head=1, n_code_q=150, n_code_k=139)
     assert sizes.block_len(256, 601, 2 * inputs.v.shape[3]) == 256
-    assert_close(run(inputs), vq_oracle.vq_attention(*inputs[:5], is_causal=True), "bfloat16")
+    assert sizes.block_len(256, 3 * 601, 2 * inputs.v.shape[3], ("grad_states", "grad_blocks")) == 512
+    check_gradients(inputs)
 
 
 @pytest.mark.usefixtures("two_segments")
-def test_gradients_over_segments() -> None:
-    inputs = inputs_of(q_len=301, n_head=2, has_bias=True)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_head": 2, "has_bias": True},
+        {"n_head": 2, "has_bias": True, "n_kv_head": 1, "n_code_q": 200, "n_code_k": 512, "d_v": 33},
+        {"n_head": 1, "batch": 2, "n_code_q": 129, "q_len": 1},
+    ],
+    ids=lambda options: "-".join(f"{name}_{value}" for name, value in options.items()),
+)
+def test_gradients_over_segments(options: dict[str, Any]) -> None:
+    check_gradients(inputs_of(**{"q_len": 301} | options))
+
+
+def check_gradients(inputs: Inputs) -> None:
+    """Outputs and gradients are those of the oracle."""
     out, found = differentiable("jax", inputs, "bfloat16", is_causal=True, **KERNELS)(inputs.d_out)
-    options: dict[str, Any] = {"is_causal": True, "code_bias": inputs.code_bias}
+    options: dict[str, Any] = {"is_causal": True} | optional(inputs)
     assert_close(out, vq_oracle.vq_attention(*inputs[:5], **options), "bfloat16")
     targets = vq_oracle.vq_attention_gradients(*inputs[:5], inputs.d_out, **options)
     for name, target in targets._asdict().items():
@@ -222,15 +236,17 @@ def shapes(n_code: int = 128, width: int = 128, dtype: Any = jnp.bfloat16) -> tu
     return x, x, x, *(jax.ShapeDtypeStruct((2, n_code, width), book),) * 2
 
 
-@pytest.mark.parametrize("is_causal, n_kernel", [(False, 6), (True, 11)])
-def test_kernels_lower_for_a_gpu(is_causal: bool, n_kernel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_causal, n_code, n_kernel", [(False, 128, 6), (True, 128, 11), (True, 512, 14)])
+def test_kernels_lower_for_a_gpu(
+    is_causal: bool, n_code: int, n_kernel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Triton's own limits, which interpretation does not have."""
     monkeypatch.setattr(tiles, "is_interpreted", lambda: False)
     if jax.__version_info__ >= (0, 11) and not ON_GPU:
         pytest.skip("this jax lowers for a GPU that is there, or named")
     jax.clear_caches()
     options = {"is_causal": is_causal} | KERNELS
-    traced = jax.jit(lambda *x: gradient(*x, **options)).trace(*shapes())
+    traced = jax.jit(lambda *x: gradient(*x, **options)).trace(*shapes(n_code))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     jax.clear_caches()
     assert len(re.findall(r"custom_call.*xla\.gpu\.triton", text)) == n_kernel
@@ -244,7 +260,7 @@ def test_kernels_lower_for_a_gpu(is_causal: bool, n_kernel: int, monkeypatch: py
         ({}, shapes(dtype=jnp.float32), "finite_codes", "nearest codes of float32"),
         ({}, shapes(width=256), "finite_codes", "width 256"),
         ({}, shapes(n_code=1024), "causal_attention", "1024 key codes"),
-        ({}, shapes(n_code=256), "causal_gradients", "gradients of 256 codes"),
+        ({}, (*shapes()[:3], *shapes(1024)[3:4], *shapes()[4:]), "causal_gradients", "gradients of 1024 query"),
         ({"is_causal": False}, shapes(dtype=jnp.float32), "count_keys", "values of float32"),
         ({"is_causal": False}, shapes(dtype=jnp.float64), "full_attention", "values of float64"),
         ({"implementation": "xla"}, shapes(), "causal_attention", "implementation='xla' was asked for"),

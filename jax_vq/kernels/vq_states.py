@@ -54,22 +54,23 @@ def block_states(
     weights: Array | None = None,
     numbers: Array | None = None,
     *,
-    kernel_name: str = "states",
+    is_gradient: bool = False,
 ) -> States:
     """The sums before every block of `block` tokens, a multiple of 16.
 
     With weights, of `weights * v` and `weights * numbers` over the tokens after every block instead.
 
     Args:
-      codes: int32 `[B, T, K]`; v: `[B, T, K, V]`.
+      codes: int32 `[B, T, K]`; a token of code -1 makes all later sums NaN.
+      v: `[B, T, K, V]`.
       before: of every segment; with weights, the sums after it.
       segment_len: tokens of a segment, a multiple of the block.
       weights, numbers: float32 `[B, T, K]`.
-      kernel_name: whose sizes to take.
+      is_gradient: a token of code -1 adds nothing; other sizes of tiles.
     """
     batch, _, n_head, width = v.shape
     n_segment, n_code = before.numbers.shape[2:]
-    size = sizes.size_of(kernel_name, n_code)
+    size = sizes.size_of("grad_states" if is_gradient else "states", n_code)
     tile, chunk = min(size.tile, block & -block), min(size.chunk, n_code)
     n_block, n_column = segment_len // block, min(power_of_two(width), size.columns)
     kernel = partial(
@@ -80,6 +81,7 @@ def block_states(
         chunk=chunk,
         n_column=n_column,
         has_weights=weights is not None,
+        is_gradient=is_gradient,
     )
     shape = batch, n_head, n_segment * n_block, n_code
     shapes = States(jax.ShapeDtypeStruct((*shape, width), v.dtype), jax.ShapeDtypeStruct(shape, F32))
@@ -98,6 +100,7 @@ def _states_kernel(
     chunk: int,
     n_column: int,
     has_weights: bool,
+    is_gradient: bool,
 ) -> None:
     *more_refs, sum_ref, number_ref, state_ref, count_ref = refs
     _, length, n_head, width = v_ref.shape
@@ -123,11 +126,13 @@ def _states_kernel(
         rows = tokens((segment * n_block * n_tile + now) * tile, tile, length)
         code = read_numbers(code_ref, batch, rows, head, -2)
         v = read_vectors(v_ref, batch, rows, head, cols)
-        v = jnp.where((code == -1)[:, None], jnp.full_like(v, jnp.nan), v)
+        if not is_gradient:
+            v = jnp.where((code == -1)[:, None], jnp.full_like(v, jnp.nan), v)
         hot, terms = one_hot(code, first, chunk, dtype), jnp.ones((tile, NARROW), dtype)
         if has_weights:
             weight, value = (read_numbers(ref, batch, rows, head, 0.0) for ref in more_refs)
-            hot, terms = hot * weight.astype(dtype)[None, :], in_parts(as_columns(value), dtype)
+            hot = jnp.where(hot > 0, weight.astype(dtype)[None, :], jnp.zeros_like(hot))
+            terms = in_parts(as_columns(value), dtype)
         return total + dot(hot, v), number + dot(hot, terms)
 
     total, number = read_sums(sum_ref, number_ref, (batch, head, segment), first, chunk, cols)

@@ -74,7 +74,7 @@ def block_gradients(
     run = launch(
         partial(_gradient_kernel, tile=size.tile, n_tile=block // size.tile, chunk=size.chunk),
         tuple(jax.ShapeDtypeStruct((batch, length, n_head, n), dtype) for n in (width, width, value_width)),
-        (pl.cdiv(length, size.tile), batch * n_head),
+        (pl.cdiv(length, size.tile), batch * n_head, 1),
         size.n_warp,
         size.n_stage,
     )
@@ -107,7 +107,7 @@ def _states(
     if each < length:
         sums = segment_sums(codes, vectors, n_code, each, weights, numbers)
         before = before_segments(sums, first, is_reverse=weights is not None)
-    return block_states(codes, vectors, before, each, block, weights, numbers, kernel_name="grad_states")
+    return block_states(codes, vectors, before, each, block, weights, numbers, is_gradient=True)
 
 
 def _gradient_kernel(
@@ -139,8 +139,8 @@ def _gradient_kernel(
     chunk_q, chunk_k, d_width = min(chunk, n_code_q), min(chunk, n_code_k), book_q_ref.shape[2]
     here, batch, head, key_head = place_of(n_head, n_key_head)
     block = here // n_tile
-    cols = columns(0, power_of_two(width), width)
-    d_cols = columns(0, d_width, d_q_ref.shape[3])
+    cols = columns(pl.program_id(2), power_of_two(width), width)
+    d_cols = columns(pl.program_id(2), d_width, d_q_ref.shape[3])
 
     def queries_at(i: Any) -> RowData:
         rows = tokens(i * tile, tile, length)
