@@ -25,6 +25,7 @@ from vq_common.tolerances import TOLERANCES
 
 # Codes are a choice: two that are as near as rounding tells may change places.
 MAX_CHANGED = 1e-4
+CHUNKS = {"grad_states": (64, 128), "grad_blocks": (32, 64)}  # of codes, where 128 are not the only choice
 WINDOW = 512  # exact tokens before a block, and of a block
 
 
@@ -71,8 +72,8 @@ def candidates(kernel: str, n_code: int, width: int) -> list[Size]:
         "grad_blocks": ((64, 128), (wide,), (4, 8), (1, 2, 3)),
     }
     tiles, columns, warps, stages = choices[kernel]
-    chunk = min(n_code, 128)
-    return [Size(tile, chunk, *rest) for tile, *rest in itertools.product(tiles, columns, warps, stages)]
+    chunks = {min(n_code, chunk) for chunk in CHUNKS.get(kernel, (128,))}
+    return [Size(*size) for size in itertools.product(tiles, sorted(chunks), columns, warps, stages)]
 
 
 def timer() -> Backend:

@@ -66,14 +66,22 @@ def trying(kernel: str, size: Size) -> Iterator[None]:
         del _TRIED[kernel]
 
 
-def block_len(
-    n_code: int, n_vector: int, vector_bytes: int, kernels: tuple[str, ...] = ("states", "blocks")
-) -> int:
+def block_len(n_code: int, n_vector: int, vector_bytes: int) -> int:
     """Tokens between two states, which take at most `MAX_STATE_BYTES` for `n_vector` tokens and heads."""
-    block = max(size_of(kernel, n_code).tile for kernel in kernels)
+    block = max(size_of("states", n_code).tile, size_of("blocks", n_code).tile)
     while n_vector * n_code * vector_bytes > MAX_STATE_BYTES * block:
         block *= 2
     return block
+
+
+def part_len(length: int, step: int, state_bytes: int) -> int:
+    """Tokens at once, where states of `step` of them take so much: whole steps in equal parts.
+
+    They take at most `MAX_STATE_BYTES`.
+    """
+    n_step = -(-length // step)
+    n_part = -(-n_step // max(MAX_STATE_BYTES // state_bytes, 1))
+    return -(-n_step // n_part) * step
 
 
 def n_tile(length: int, n_row: int, tile: int) -> int:
