@@ -25,6 +25,7 @@ from vq_common.tolerances import TOLERANCES
 
 # Codes are a choice: two that are as near as rounding tells may change places.
 MAX_CHANGED = 1e-4
+CHUNKS = {"grad_states": (64, 128), "grad_blocks": (32, 64)}  # of codes, where 128 are not the only choice
 WINDOW = 512  # exact tokens before a block, and of a block
 
 
@@ -67,10 +68,12 @@ def candidates(kernel: str, n_code: int, width: int) -> list[Size]:
         "window": ((64, 128), (wide,), (4, 8), (1, 2, 3)),
         "grad_queries": ((32, 64, 128), (wide,), (4, 8), (1, 2, 3)),
         "grad_keys": ((32, 64), (wide,), (4, 8), (1, 2, 3)),
+        "grad_states": ((64, 128), tuple({half, wide}), (4, 8), (2, 3, 4)),
+        "grad_blocks": ((64, 128), (wide,), (4, 8), (1, 2, 3)),
     }
     tiles, columns, warps, stages = choices[kernel]
-    chunk = min(n_code, 128)
-    return [Size(tile, chunk, *rest) for tile, *rest in itertools.product(tiles, columns, warps, stages)]
+    chunks = {min(n_code, chunk) for chunk in CHUNKS.get(kernel, (128,))}
+    return [Size(*size) for size in itertools.product(tiles, sorted(chunks), columns, warps, stages)]
 
 
 def timer() -> Backend:
@@ -104,11 +107,10 @@ def calls(shape: Shape, n_code: int) -> Iterator[Call]:
     for kernel in ("states", "blocks") if n_padded > chunk else ("causal",):
         yield Call(kernel, n_code, causal, (queries, keys, books, state))
     yield _windowed(q, k, v, codes_q, codes_k, books)
-    if n_code > sizes.MAX_CODES_GRAD:
-        return
     out, lse = causal(queries, keys, books, state)
     arrays = queries, keys, books, state, out, lse, d_out
-    for kernel in ("grad_queries", "grad_keys"):
+    in_registers = n_padded <= sizes.MAX_CODES_IN_REGISTERS
+    for kernel in ("grad_queries", "grad_keys") if in_registers else ("grad_states", "grad_blocks"):
         yield Call(kernel, n_code, _gradients, arrays)
 
 

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 import jax_vq
-from jax_vq.kernels import sizes, tiles
+from jax_vq.kernels import sizes, tiles, vq_states_grad
+from jax_vq.kernels.vq_states_grad import RowData
+from jax_vq.kernels.vq_sums import Sums
+from jax_vq.ops.vq_blocks import Keys
 from parity_tests.support import assert_close, assert_gradient_close, to_jax, to_numpy
 from parity_tests.vq_calls import attend, differentiable, optional
 from vq_common import oracle, vq_oracle
@@ -83,11 +86,49 @@ def test_blocks_of_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(run(inputs), vq_oracle.vq_attention(*inputs[:5], is_causal=True), "bfloat16")
 
 
+def test_gradients_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where states of a whole sequence would take too much memory; parts change the rounding alone."""
+    rng, shape, n_code, width = np.random.default_rng(0), (1, 256, 2), 256, 16
+
+    def draw(*shape: int, dtype: str = "bfloat16") -> jax.Array:
+        return to_jax(rng.uniform(-1, 1, size=shape), dtype)
+
+    codes_q, codes_k = (jnp.asarray(rng.integers(0, 139, shape), jnp.int32) for _ in range(2))
+    share, delta = (draw(*shape, dtype="float32") for _ in range(2))
+    rows = RowData(codes_q, draw(*shape, width), share, delta)
+    keys = Keys(codes_k, draw(*shape, width), None, None)
+    first = Sums(*(draw(1, 2, 1, n_code, *last, dtype="float32") for last in ((width,), ())))
+    tables = draw(2, n_code, n_code), *(draw(2, n_code, width) for _ in range(2))
+
+    def gradients(*arrays: Any) -> Any:
+        return vq_states_grad.block_gradients(*arrays, width)
+
+    whole = jax.jit(gradients)(rows, keys, *tables, first)
+    jax.clear_caches()
+    monkeypatch.setattr(sizes, "MAX_STATE_BYTES", 2 * 2 * n_code * width * 2)
+    assert sizes.part_len(256, 128, sizes.MAX_STATE_BYTES) == 128
+    for found, expected in zip(jax.jit(gradients)(rows, keys, *tables, first), whole, strict=True):
+        assert_close(found, to_numpy(expected), "bfloat16")
+
+
 @pytest.mark.usefixtures("two_segments")
-def test_gradients_over_segments() -> None:
-    inputs = inputs_of(q_len=301, n_head=2, has_bias=True)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_head": 2, "has_bias": True},
+        {"n_head": 2, "has_bias": True, "n_kv_head": 1, "n_code_q": 200, "n_code_k": 512, "d_v": 33},
+        {"n_head": 1, "batch": 2, "n_code_q": 129, "q_len": 1},
+    ],
+    ids=lambda options: "-".join(f"{name}_{value}" for name, value in options.items()),
+)
+def test_gradients_over_segments(options: dict[str, Any]) -> None:
+    check_gradients(inputs_of(**{"q_len": 301} | options))
+
+
+def check_gradients(inputs: Inputs) -> None:
+    """Outputs and gradients are those of the oracle."""
     out, found = differentiable("jax", inputs, "bfloat16", is_causal=True, **KERNELS)(inputs.d_out)
-    options: dict[str, Any] = {"is_causal": True, "code_bias": inputs.code_bias}
+    options: dict[str, Any] = {"is_causal": True} | optional(inputs)
     assert_close(out, vq_oracle.vq_attention(*inputs[:5], **options), "bfloat16")
     targets = vq_oracle.vq_attention_gradients(*inputs[:5], inputs.d_out, **options)
     for name, target in targets._asdict().items():
@@ -222,15 +263,17 @@ def shapes(n_code: int = 128, width: int = 128, dtype: Any = jnp.bfloat16) -> tu
     return x, x, x, *(jax.ShapeDtypeStruct((2, n_code, width), book),) * 2
 
 
-@pytest.mark.parametrize("is_causal, n_kernel", [(False, 6), (True, 11)])
-def test_kernels_lower_for_a_gpu(is_causal: bool, n_kernel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_causal, n_code, n_kernel", [(False, 128, 6), (True, 128, 11), (True, 512, 14)])
+def test_kernels_lower_for_a_gpu(
+    is_causal: bool, n_code: int, n_kernel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Triton's own limits, which interpretation does not have."""
     monkeypatch.setattr(tiles, "is_interpreted", lambda: False)
     if jax.__version_info__ >= (0, 11) and not ON_GPU:
         pytest.skip("this jax lowers for a GPU that is there, or named")
     jax.clear_caches()
     options = {"is_causal": is_causal} | KERNELS
-    traced = jax.jit(lambda *x: gradient(*x, **options)).trace(*shapes())
+    traced = jax.jit(lambda *x: gradient(*x, **options)).trace(*shapes(n_code))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     jax.clear_caches()
     assert len(re.findall(r"custom_call.*xla\.gpu\.triton", text)) == n_kernel
@@ -261,7 +304,7 @@ def test_kernels_have_no_64_bit_types() -> None:
         ({}, shapes(dtype=jnp.float32), "finite_codes", "nearest codes of float32"),
         ({}, shapes(width=256), "finite_codes", "width 256"),
         ({}, shapes(n_code=1024), "causal_attention", "1024 key codes"),
-        ({}, shapes(n_code=256), "causal_gradients", "gradients of 256 codes"),
+        ({}, (*shapes()[:3], shapes(1024)[3], shapes()[4]), "causal_gradients", "gradients of 1024 query"),
         ({"is_causal": False}, shapes(dtype=jnp.float32), "count_keys", "values of float32"),
         ({"is_causal": False}, shapes(dtype=jnp.float64), "full_attention", "values of float64"),
         ({"implementation": "xla"}, shapes(), "causal_attention", "implementation='xla' was asked for"),

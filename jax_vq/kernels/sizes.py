@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 MAX_WIDTH = 128  # of vectors that are read whole
-MAX_CODES = 512  # of keys that causal attention is for
-MAX_CODES_GRAD = 128
+MAX_CODES = 512  # of keys that causal attention is for; of queries too, for its gradients
+MAX_CODES_IN_REGISTERS = 128  # of gradients that follow a segment
 MIN_VECTORS = 64  # that codes are found of: fewer fill no tile
 N_PROCESSOR = 132  # of an H200
 MAX_STATE_BYTES = 2**33
@@ -72,6 +72,16 @@ def block_len(n_code: int, n_vector: int, vector_bytes: int) -> int:
     while n_vector * n_code * vector_bytes > MAX_STATE_BYTES * block:
         block *= 2
     return block
+
+
+def part_len(length: int, step: int, state_bytes: int) -> int:
+    """Tokens at once, where states of `step` of them take so much: whole steps in equal parts.
+
+    They take at most `MAX_STATE_BYTES`.
+    """
+    n_step = -(-length // step)
+    n_part = -(-n_step // max(MAX_STATE_BYTES // state_bytes, 1))
+    return -(-n_step // n_part) * step
 
 
 def n_tile(length: int, n_row: int, tile: int) -> int:

@@ -121,6 +121,11 @@ def dot_t(x: Array, y: Array) -> Array:
     return _product(x, y, 1, 1)
 
 
+def t_dot(x: Array, y: Array) -> Array:
+    """`x.T @ y` in float32."""
+    return _product(x, y, 0, 0)
+
+
 def _product(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
     axes = (((x_axis,), (y_axis,)), ((), ()))
     return lax.dot_general(x, y, axes, precision=lax.Precision.DEFAULT, preferred_element_type=F32)

@@ -10,11 +10,12 @@ the keys before a tile; keys, per query code of the queries after it, `G_c = sum
     d_v_j  = sum_c E[c, z_k(j)] G_c + sum_i P_ij d_out_i
     d_k_j  = scale sum_c (E[c, z_k(j)] (G_c . v_j - g_c) + sum_{i of c} dS_ij) codebook_q[c]
 
-(`math.md` 2). Heads whose scores differ by more than `MAX_RANGE` go the plain way.
+(`math.md` 2). More codes than registers hold go another way, `vq_states_grad.py`; heads whose scores differ
+by more than `MAX_RANGE` the plain one.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,7 @@ from jax_vq.kernels.tiles import (
 )
 from jax_vq.kernels.vq_causal import Tables, first_sums, segment_len
 from jax_vq.kernels.vq_causal import why_not as why_not_forward
+from jax_vq.kernels.vq_states_grad import RowData, block_gradients
 from jax_vq.kernels.vq_sums import Sums, before_segments, padded_codes, read_sums, segment_sums
 from jax_vq.ops.implementations import Kernel
 from jax_vq.ops.quantize import lookup
@@ -64,22 +66,13 @@ def why_not(
     reason = why_not_forward(asked, queries, keys, books, state, form)
     if reason is not None:
         return reason
-    n_code = max(books.q.shape[1], books.k.shape[1])
-    if n_code > sizes.MAX_CODES_GRAD:
-        return f"gradients of {n_code} codes: the kernel is for at most {sizes.MAX_CODES_GRAD}"
+    n_code = books.q.shape[1]
+    if n_code > sizes.MAX_CODES:
+        return f"gradients of {n_code} query codes: the kernel is for at most {sizes.MAX_CODES}"
     width = max(books.k.shape[2], keys.v.shape[3])
     if width > sizes.MAX_WIDTH:
         return f"gradients of width {width}: the kernel is for at most {sizes.MAX_WIDTH}"
     return None
-
-
-class RowData(NamedTuple):
-    """What the backward pass knows of every query, `[B, T, H, ...]`."""
-
-    codes: Array  # int32
-    d_out: Array  # [..., V]
-    share: Array  # float32 `r`
-    delta: Array  # float32 `D`, less the gradient of the log-sum-exp
 
 
 def causal_gradients(
@@ -115,13 +108,11 @@ def narrow_gradients(
     d_lse: Array,
 ) -> Gradients:
     """Gradients where no head is wide, see `Tables`."""
-    batch, length, n_key_head, _ = keys.v.shape
+    n_key_head = keys.v.shape[2]
     n_head, dtype = queries.codes.shape[2], keys.v.dtype
     delta = jnp.sum(out.astype(F32) * d_out.astype(F32), axis=-1) - d_lse
     top = lookup(tables.top, queries.codes)
     rows = RowData(queries.codes, d_out, jnp.exp(top - lse), delta)
-    used = (sizes.size_of(name, books.k.shape[1]).tile for name in ("sums", "grad_queries", "grad_keys"))
-    each = segment_len(length, batch * n_head, max(used))
     width = books.k.shape[2]
     scale = jnp.asarray(books.scale, F32)
     book_q, book_k = (
@@ -130,39 +121,51 @@ def narrow_gradients(
         )
         for book, n in ((books.q, padded_codes(books.q.shape[1])[0]), (books.k, tables.weight.shape[2]))
     )
-    first = first_sums(coded_of(state), tables.weight.shape[2])
-    values = before_segments(segment_sums(keys.codes, keys.v, books.k.shape[1], each), first)
-    d_q, d_bias = _of_queries(rows, keys, tables.weight, book_k, values, each, width)
-    sums = segment_sums(rows.codes, d_out, books.q.shape[1], each, rows.share, rows.delta)
-    later = before_segments(sums, None, is_reverse=True)
     weight = jnp.pad(tables.weight, ((0, 0), (0, book_q.shape[1] - books.q.shape[1]), (0, 0)))
-    d_k, d_v = _of_keys(rows, keys, jnp.swapaxes(weight, 1, 2), book_q, later, each, width)
+    first = first_sums(coded_of(state), weight.shape[2])
+    way = block_gradients if max(weight.shape[1:]) > sizes.MAX_CODES_IN_REGISTERS else segment_gradients
+    d_q, d_k, d_v = way(rows, keys, weight, book_q, book_k, first, width)
     n_rep = n_head // n_key_head
     if n_rep > 1:
         d_k, d_v = (
             jnp.sum(x.reshape(*x.shape[:2], n_key_head, n_rep, -1).astype(F32), axis=3) for x in (d_k, d_v)
         )
-    bias = None if books.bias is None else jnp.sum(d_bias, axis=(0, 2))
+    # All keys are seen through codes: a bias moves nothing but the log-sum-exp.
+    bias = None if books.bias is None else jnp.sum(d_lse, axis=(0, 1))
     return Gradients(d_q, d_k.astype(dtype), d_v.astype(dtype), None, None, bias)
+
+
+def segment_gradients(
+    rows: RowData, keys: Keys, weight: Array, book_q: Array, book_k: Array, first: Sums, width: int
+) -> tuple[Array, Array, Array]:
+    """`block_gradients`, by programs that follow a segment with its sums in registers."""
+    batch, length, n_head, _ = rows.d_out.shape
+    n_code_q, n_code_k = weight.shape[1:]
+    used = (sizes.size_of(name, n_code_k).tile for name in ("sums", "grad_queries", "grad_keys"))
+    each = segment_len(length, batch * n_head, max(used))
+    values = before_segments(segment_sums(keys.codes, keys.v, n_code_k, each), first)
+    d_q = _of_queries(rows, keys, weight, book_k, values, each, width)
+    sums = segment_sums(rows.codes, rows.d_out, n_code_q, each, rows.share, rows.delta)
+    later = before_segments(sums, None, is_reverse=True)
+    d_k, d_v = _of_keys(rows, keys, jnp.swapaxes(weight, 1, 2), book_q, later, each, width)
+    return d_q, d_k, d_v
 
 
 def _of_queries(
     rows: RowData, keys: Keys, weight: Array, book: Array, values: Sums, each: int, width: int
-) -> tuple[Array, Array]:
-    """Gradients of queries `[B, T, H, D]` and of the bias by segment `[B, H, S]`."""
+) -> Array:
+    """Gradients of queries `[B, T, H, D]`."""
     batch, length, n_head, _ = rows.d_out.shape
-    size, n_segment = sizes.size_of("grad_queries", weight.shape[2]), pl.cdiv(length, each)
+    size = sizes.size_of("grad_queries", weight.shape[2])
     run = launch(
         partial(_query_gradient_kernel, tile=size.tile, n_tile=each // size.tile),
-        (
-            jax.ShapeDtypeStruct((batch, length, n_head, width), keys.v.dtype),
-            jax.ShapeDtypeStruct((batch, n_head, n_segment), F32),
-        ),
-        (n_segment, batch * n_head, 1),
+        jax.ShapeDtypeStruct((batch, length, n_head, width), keys.v.dtype),
+        (pl.cdiv(length, each), batch * n_head, 1),
         size.n_warp,
         size.n_stage,
     )
-    return run(*rows, keys.codes, keys.v, weight, book, *values)
+    d_q: Array = run(*rows, keys.codes, keys.v, weight, book, *values)
+    return d_q
 
 
 def _of_keys(
@@ -181,7 +184,8 @@ def _of_keys(
         size.n_warp,
         size.n_stage,
     )
-    return run(*rows, keys.codes, keys.v, weight, book, *later)
+    d_k, d_v = run(*rows, keys.codes, keys.v, weight, book, *later)
+    return d_k, d_v
 
 
 def _query_gradient_kernel(
@@ -196,7 +200,6 @@ def _query_gradient_kernel(
     sum_ref: Any,
     number_ref: Any,
     d_q_ref: Any,
-    d_bias_ref: Any,
     *,
     tile: int,
     n_tile: int,
@@ -210,7 +213,7 @@ def _query_gradient_kernel(
     book = plt.load(book_ref.at[key_head, :, :])
 
     def step(i: Any, carry: Any) -> Any:
-        total, number, d_bias = carry
+        total, number = carry
         rows = tokens((segment * n_tile + i) * tile, tile, length)
         query = read_numbers(query_ref, batch, rows, head, 0)
         key = read_numbers(key_ref, batch, rows, key_head, -2)
@@ -227,11 +230,9 @@ def _query_gradient_kernel(
         d_code += dot_t(d_near.astype(dtype), hot)
         write_vectors(d_q_ref, batch, rows, head, d_cols, dot(d_code.astype(dtype), book))
         ones = jnp.ones((tile, NARROW), dtype)
-        return total + dot(hot, v), number + dot(hot, ones), d_bias + jnp.sum(d_code, axis=1)
+        return total + dot(hot, v), number + dot(hot, ones)
 
-    sums = read_sums(sum_ref, number_ref, (batch, key_head, segment), 0, n_code, cols)
-    *_, d_bias = loop(n_tile, step, (*sums, jnp.zeros((tile,), F32)))
-    plt.store(d_bias_ref.at[batch, head, segment], jnp.sum(d_bias))
+    loop(n_tile, step, read_sums(sum_ref, number_ref, (batch, key_head, segment), 0, n_code, cols))
 
 
 def _key_gradient_kernel(

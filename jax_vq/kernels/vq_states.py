@@ -45,42 +45,64 @@ class States(NamedTuple):
     numbers: Array  # [B, K, N, C] float32
 
 
-def block_states(codes: Array, v: Array, before: Sums, segment_len: int, block: int) -> States:
+def block_states(
+    codes: Array,
+    v: Array,
+    before: Sums,
+    segment_len: int,
+    block: int,
+    weights: Array | None = None,
+    numbers: Array | None = None,
+    *,
+    is_gradient: bool = False,
+) -> States:
     """The sums before every block of `block` tokens, a multiple of 16.
 
+    With weights, of `weights * v` and `weights * numbers` over the tokens after every block instead.
+
     Args:
-      codes: int32 `[B, T, K]`; v: `[B, T, K, V]`.
-      before: of every segment.
+      codes: int32 `[B, T, K]`; a token of code -1 makes all later sums NaN.
+      v: `[B, T, K, V]`.
+      before: of every segment; with weights, the sums after it.
       segment_len: tokens of a segment, a multiple of the block.
+      weights, numbers: float32 `[B, T, K]`.
+      is_gradient: a token of code -1 adds nothing; other sizes of tiles.
     """
     batch, _, n_head, width = v.shape
     n_segment, n_code = before.numbers.shape[2:]
-    size = sizes.size_of("states", n_code)
+    size = sizes.size_of("grad_states" if is_gradient else "states", n_code)
     tile, chunk = min(size.tile, block & -block), min(size.chunk, n_code)
     n_block, n_column = segment_len // block, min(power_of_two(width), size.columns)
     kernel = partial(
-        _states_kernel, tile=tile, n_tile=block // tile, n_block=n_block, chunk=chunk, n_column=n_column
+        _states_kernel,
+        tile=tile,
+        n_tile=block // tile,
+        n_block=n_block,
+        chunk=chunk,
+        n_column=n_column,
+        has_weights=weights is not None,
+        is_gradient=is_gradient,
     )
     shape = batch, n_head, n_segment * n_block, n_code
     shapes = States(jax.ShapeDtypeStruct((*shape, width), v.dtype), jax.ShapeDtypeStruct(shape, F32))
     grid = n_segment, batch * n_head, (n_code // chunk) * pl.cdiv(width, n_column)
-    return States(*launch(kernel, shapes, grid, size.n_warp, size.n_stage)(codes, v, *before))
+    more = () if weights is None else (weights, numbers)
+    return States(*launch(kernel, shapes, grid, size.n_warp, size.n_stage)(codes, v, *more, *before))
 
 
 def _states_kernel(
     code_ref: Any,
     v_ref: Any,
-    sum_ref: Any,
-    number_ref: Any,
-    state_ref: Any,
-    count_ref: Any,
-    *,
+    *refs: Any,
     tile: int,
     n_tile: int,
     n_block: int,
     chunk: int,
     n_column: int,
+    has_weights: bool,
+    is_gradient: bool,
 ) -> None:
+    *more_refs, sum_ref, number_ref, state_ref, count_ref = refs
     _, length, n_head, width = v_ref.shape
     segment, batch, head, _ = place_of(n_head, n_head)
     n_part = pl.cdiv(width, n_column)
@@ -92,35 +114,52 @@ def _states_kernel(
 
     def step(i: Any, sums: Any) -> Any:
         total, number = sums
+        now = n_block * n_tile - 1 - i if has_weights else i
 
         @pl.when(lax.rem(i, lax.full_like(i, n_tile)) == 0)
         def keep() -> None:
-            here = segment * n_block + lax.div(i, lax.full_like(i, n_tile))
+            here = segment * n_block + lax.div(now, lax.full_like(i, n_tile))
             plt.store(state_ref.at[batch, head, here, at, cols[0]], total.astype(dtype), mask=there)
-            plt.store(count_ref.at[batch, head, here, at], jnp.max(number, axis=1))
+            of_code = jnp.sum(number, axis=1) if has_weights else jnp.max(number, axis=1)
+            plt.store(count_ref.at[batch, head, here, at], of_code)
 
-        rows = tokens((segment * n_block * n_tile + i) * tile, tile, length)
+        rows = tokens((segment * n_block * n_tile + now) * tile, tile, length)
         code = read_numbers(code_ref, batch, rows, head, -2)
         v = read_vectors(v_ref, batch, rows, head, cols)
-        v = jnp.where((code == -1)[:, None], jnp.full_like(v, jnp.nan), v)
-        hot = one_hot(code, first, chunk, dtype)
-        return total + dot(hot, v), number + dot(hot, jnp.ones((tile, NARROW), dtype))
+        if not is_gradient:
+            v = jnp.where((code == -1)[:, None], jnp.full_like(v, jnp.nan), v)
+        hot, terms = one_hot(code, first, chunk, dtype), jnp.ones((tile, NARROW), dtype)
+        if has_weights:
+            weight, value = (read_numbers(ref, batch, rows, head, 0.0) for ref in more_refs)
+            hot = jnp.where(hot > 0, weight.astype(dtype)[None, :], jnp.zeros_like(hot))
+            terms = in_parts(as_columns(value), dtype)
+        return total + dot(hot, v), number + dot(hot, terms)
 
-    sums = read_sums(sum_ref, number_ref, (batch, head, segment), first, chunk, cols)
-    loop(n_block * n_tile, step, sums)
+    total, number = read_sums(sum_ref, number_ref, (batch, head, segment), first, chunk, cols)
+    if has_weights:
+        number = jnp.where(lax.broadcasted_iota(jnp.int32, number.shape, 1) == 0, number, 0.0)
+    loop(n_block * n_tile, step, (total, number))
 
 
-def read_state(
+def read_values(
     state_ref: Any, count_ref: Any, place: tuple[Any, Any, Any], first: Any, size: int, cols: Rows
 ) -> tuple[Array, Array]:
-    """In a kernel, `States` at (batch, head, block) of the codes from `first` on: `[C, V]`, `[C, NARROW]`."""
+    """In a kernel, `States` at (batch, head, block) of the codes from `first` on: `[C, V]`, `[C]`."""
     at = pl.ds(first, size)
     ref = state_ref.at[*place, at, cols[0]]
     if cols[1] is None:
         value = plt.load(ref)
     else:
         value = plt.load(ref, mask=jnp.broadcast_to(cols[1][None, :], (size, cols[0].size)), other=0)
-    return value, in_parts(as_columns(plt.load(count_ref.at[*place, at])), value.dtype)
+    return value, plt.load(count_ref.at[*place, at])
+
+
+def read_state(
+    state_ref: Any, count_ref: Any, place: tuple[Any, Any, Any], first: Any, size: int, cols: Rows
+) -> tuple[Array, Array]:
+    """`read_values` with counts as `in_parts`, `[C, NARROW]`."""
+    value, count = read_values(state_ref, count_ref, place, first, size, cols)
+    return value, in_parts(as_columns(count), value.dtype)
 
 
 def block_attention(
