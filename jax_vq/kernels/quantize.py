@@ -12,6 +12,7 @@ from jax.experimental.pallas import triton as plt
 from jax_vq.kernels import sizes
 from jax_vq.kernels.tiles import (
     F32,
+    N_PART,
     columns,
     dot_t,
     launch,
@@ -24,8 +25,6 @@ from jax_vq.kernels.tiles import (
     write_numbers,
 )
 from jax_vq.ops.implementations import Kernel
-
-N_PART = 3  # bfloat16 terms of a float32 codebook: all of its bits, as float32 products would use
 
 
 def finite_codes(x: Array, codebook: Array) -> Array:
