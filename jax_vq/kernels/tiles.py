@@ -158,8 +158,9 @@ def dot_parts(
 def in_parts(x: Array, dtype: Any) -> Array:
     """`[N, NARROW]` float32 of equal columns, in a half type: its columns sum to x, 24 bits in three."""
     column = lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    high, middle, low = parts_of(x, F32)
-    low = jnp.where(column == 2, low, jnp.zeros_like(low))
+    high = x.astype(dtype).astype(F32)
+    middle = (x - high).astype(dtype).astype(F32)
+    low = jnp.where(column == 2, x - high - middle, 0.0)
     return jnp.where(column == 0, high, jnp.where(column == 1, middle, low)).astype(dtype)
 
 

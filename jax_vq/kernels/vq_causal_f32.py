@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
@@ -24,7 +24,6 @@ from jax_vq.kernels.tiles import (
     dot,
     dot_parts,
     dot_t,
-    in_parts,
     loop,
     lower_triangle,
     one_hot,
@@ -39,6 +38,13 @@ from jax_vq.kernels.tiles import (
 )
 from jax_vq.kernels.vq_sums import read_sums
 from jax_vq.kernels.vq_wide import wide_weights
+
+
+def side_by_side(parts: list[Array]) -> Array:
+    """Arrays `[N, NARROW]` of equal columns as one, whose columns sum to their sum."""
+    column = lax.broadcasted_iota(jnp.int32, parts[0].shape, 1)
+    zero = jnp.zeros_like(parts[0])
+    return sum((jnp.where(column == p, part, zero) for p, part in enumerate(parts)), zero)
 
 
 def causal_kernel(
@@ -70,7 +76,7 @@ def causal_kernel(
         weight = [read_rows(weight_ref, p * n_head + head, query, 0, chunk) for p in range(N_PART)]
         hot = one_hot(key, 0, chunk, BF16, axis=1)
         near = jnp.where(lower, dot_parts(weight, [hot], dot_t), 0)
-        total = jnp.sum(dot_parts(weight, [in_parts(as_columns(number), BF16)]), axis=1)
+        total = jnp.sum(dot_parts(weight, [side_by_side(parts_of(as_columns(number), F32))]), axis=1)
         out = dot_parts(weight, parts_of(value, F32))
         return out, total, near, plt.load(top_ref.at[head, jnp.maximum(query, 0)])
 

@@ -64,6 +64,8 @@ def why_not(
     reason = why_not_forward(asked, queries, keys, books, state, form)
     if reason is not None:
         return reason
+    if keys.v.dtype != jnp.bfloat16:
+        return f"gradients of {keys.v.dtype}: the kernel is for bfloat16"
     n_code = max(books.q.shape[1], books.k.shape[1])
     if n_code > sizes.MAX_CODES_GRAD:
         return f"gradients of {n_code} codes: the kernel is for at most {sizes.MAX_CODES_GRAD}"
