@@ -143,9 +143,7 @@ def _high(x: Array) -> Array:
     return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & HIGH_BITS, F32)
 
 
-def dot_parts(
-    xs: list[Array], ys: list[Array], product: Callable[[Array, Array], Array] = dot
-) -> Array:
+def dot_parts(xs: list[Array], ys: list[Array], product: Callable[[Array, Array], Array] = dot) -> Array:
     """`sum(xs) @ sum(ys)` in float32, without products of parts that are under its rounding.
 
     The largest comes last: a tensor core cuts off what a sum cannot hold, at every step of 16 terms.

@@ -11,8 +11,8 @@ from jax.experimental.pallas import triton as plt
 
 from jax_vq.kernels import sizes
 from jax_vq.kernels.tiles import (
-    F32,
     BF16,
+    F32,
     NARROW,
     Rows,
     as_columns,

@@ -26,7 +26,8 @@ def wide_weights(
     """
     far, shape = [], (query.shape[0], key.shape[0])
     for c, count in enumerate(counts):
-        far.append(jnp.where(count[None, :] > 0, read_rows(score_ref, head, query, c * chunk, chunk), -jnp.inf))
+        score = read_rows(score_ref, head, query, c * chunk, chunk)
+        far.append(jnp.where(count[None, :] > 0, score, -jnp.inf))
     pair = (
         jnp.broadcast_to(jnp.maximum(query, 0)[:, None], shape),
         jnp.broadcast_to(jnp.maximum(key, 0)[None, :], shape),
