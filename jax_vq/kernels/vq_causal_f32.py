@@ -90,8 +90,8 @@ def causal_kernel(
         rows = tokens((segment * n_tile + i) * tile, tile, length)
         query = read_numbers(query_ref, batch, rows, head, 0)
         key = read_numbers(key_ref, batch, rows, key_head, -2)
-        out, total, near, top = (wide if is_wide else quick)(query, key, *sums)
         v = read_vectors(v_ref, batch, rows, key_head, cols)
+        out, total, near, top = (wide if is_wide else quick)(query, key, *sums)
         seen = v
         if contains:
             bad = ~(jnp.abs(v) < jnp.inf) | (key == -1)[:, None]
