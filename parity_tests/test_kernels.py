@@ -261,15 +261,20 @@ def shapes(n_code: int = 128, width: int = 128, dtype: Any = jnp.bfloat16) -> tu
     return x, x, x, *(jax.ShapeDtypeStruct((2, n_code, width), book),) * 2
 
 
-@pytest.mark.parametrize("is_causal, n_kernel", [(False, 6), (True, 11)])
-def test_kernels_lower_for_a_gpu(is_causal: bool, n_kernel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "is_causal, dtype, n_kernel",
+    [(False, "bfloat16", 6), (True, "bfloat16", 11), (False, "float32", 2), (True, "float32", 3)],
+)
+def test_kernels_lower_for_a_gpu(
+    is_causal: bool, dtype: str, n_kernel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Triton's own limits, which interpretation does not have."""
     monkeypatch.setattr(tiles, "is_interpreted", lambda: False)
     if jax.__version_info__ >= (0, 11) and not ON_GPU:
         pytest.skip("this jax lowers for a GPU that is there, or named")
     jax.clear_caches()
     options = {"is_causal": is_causal} | KERNELS
-    traced = jax.jit(lambda *x: gradient(*x, **options)).trace(*shapes())
+    traced = jax.jit(lambda *x: gradient(*x, **options)).trace(*shapes(dtype=jnp.dtype(dtype)))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     jax.clear_caches()
     assert len(re.findall(r"custom_call.*xla\.gpu\.triton", text)) == n_kernel
