@@ -61,8 +61,10 @@ def candidates(kernel: str, n_code: int, width: int) -> list[Size]:
     choices = {
         "codes": ((64, 128, 256), (wide,), (4, 8), (2, 3, 4)),
         "sums": ((64, 128), tuple({half, wide}), (4, 8), (2, 3, 4)),
+        "sums_float32": ((64, 128), tuple({half, wide}), (4, 8), (1, 2, 3)),
         "answer": ((32, 64, 128), (wide,), (4, 8), (1,)),
         "causal": ((64, 128), tuple({half, wide}), (4, 8), (1, 2, 3)),
+        "causal_float32": ((64, 128), tuple({half, wide}), (4, 8), (1, 2)),
         "states": ((64, 128), tuple({half, wide}), (4, 8), (2, 3, 4)),
         "blocks": ((64, 128), (wide,), (4, 8), (1, 2, 3)),
         "window": ((64, 128), (wide,), (4, 8), (1, 2, 3)),
@@ -98,7 +100,8 @@ def calls(shape: Shape, n_code: int) -> Iterator[Call]:
     seen = vq_full.count_keys(keys, books)
     each = vq_causal.segment_len(length, n_head, 128)
     yield Call("codes", n_code, quantize.finite_codes, (q, book_q))
-    yield Call("sums", n_code, lambda c, v: vq_sums.segment_sums(c, v, n_code, each), (codes_k, v))
+    for kernel, values in (("sums", v), ("sums_float32", v.astype(jnp.float32))):
+        yield Call(kernel, n_code, lambda c, v: vq_sums.segment_sums(c, v, n_code, each), (codes_k, values))
     yield Call("answer", n_code, vq_full.full_attention, (queries, keys, books, seen))
     if n_code > sizes.MAX_CODES:
         return
@@ -106,6 +109,9 @@ def calls(shape: Shape, n_code: int) -> Iterator[Call]:
     n_padded, chunk = vq_sums.padded_codes(n_code)
     for kernel in ("states", "blocks") if n_padded > chunk else ("causal",):
         yield Call(kernel, n_code, causal, (queries, keys, books, state))
+    if n_code <= sizes.MAX_CODES_FLOAT32:
+        wide = keys._replace(v=v.astype(jnp.float32))
+        yield Call("causal_float32", n_code, causal, (queries, wide, books, state))
     yield _windowed(q, k, v, codes_q, codes_k, books)
     out, lse = causal(queries, keys, books, state)
     arrays = queries, keys, books, state, out, lse, d_out
@@ -178,7 +184,7 @@ def difference(call: Call, found: Any, expected: Any) -> str | None:
             if changed > MAX_CHANGED:
                 return f"{changed:.1%} of the codes change"
             continue
-        limit = max(TOLERANCES["bfloat16"])
+        limit = max(TOLERANCES["float32" if call.kernel.endswith("_float32") else "bfloat16"])
         error = float(_relative_rms(one, other))
         if not error <= limit:
             return f"relative RMS difference {error:.1e}, limit {limit:.0e}"

@@ -61,7 +61,7 @@ def test_times_of_a_cpu_are_not_installed(capsys: pytest.CaptureFixture[str]) ->
 
 def test_an_unknown_kernel_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "--quick", "--kernel", "codez"]) == 2
-    assert "--kernel must be one of answer, blocks, causal, codes" in capsys.readouterr().err
+    assert "--kernel must be one of answer, blocks, causal, causal_float32, codes" in capsys.readouterr().err
 
 
 def test_a_size_is_of_the_least_row_that_is_enough() -> None:

@@ -44,12 +44,12 @@ def two_segments(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     jax.clear_caches()
 
 
-def inputs_of(**sizes: Any) -> Inputs:
-    return case_inputs(Case(name="kernels", **{"batch": 1, "is_causal": True} | sizes), "bfloat16")
+def inputs_of(dtype: str = "bfloat16", **sizes: Any) -> Inputs:
+    return case_inputs(Case(name="kernels", **{"batch": 1, "is_causal": True} | sizes), dtype)
 
 
-def run(inputs: Inputs, **options: Any) -> np.ndarray:
-    return attend("jax", inputs, "bfloat16", **KERNELS, **{"is_causal": True} | options)
+def run(inputs: Inputs, dtype: str = "bfloat16", **options: Any) -> np.ndarray:
+    return attend("jax", inputs, dtype, **KERNELS, **{"is_causal": True} | options)
 
 
 @pytest.mark.parametrize("case", [case for case in cases("ci") if case.name in CASES], ids=lambda c: c.name)
@@ -75,6 +75,20 @@ def test_many_codes_and_wide_values(is_causal: bool) -> None:
     inputs = inputs_of(q_len=601, n_head=1, n_code_q=150, n_code_k=139, d_v=133, is_causal=is_causal)
     expected = vq_oracle.vq_attention(*inputs[:5], is_causal=is_causal)
     assert_close(run(inputs, is_causal=is_causal), expected, "bfloat16")
+
+
+@pytest.mark.usefixtures("two_segments")
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_float32_keeps_its_precision(is_causal: bool) -> None:
+    """Three bfloat16 parts of every number: two of them miss by five times the tolerance."""
+    inputs = inputs_of("float32", q_len=201, n_head=2, n_kv_head=1, n_code_k=127, d_v=133, has_bias=True)
+    expected = vq_oracle.vq_attention(*inputs[:5], is_causal=is_causal, code_bias=inputs.code_bias)
+    assert_close(run(inputs, "float32", is_causal=is_causal), expected, "float32")
+
+
+def test_float32_of_one_token() -> None:
+    inputs = inputs_of("float32", q_len=1)
+    assert_close(run(inputs, "float32"), inputs.v, "float32")
 
 
 @pytest.mark.usefixtures("two_segments")
@@ -175,6 +189,14 @@ def test_counts_keep_all_their_bits_in_half_types() -> None:
     np.testing.assert_array_equal(np.asarray(columns, np.float64).sum(1), counts)
 
 
+def test_float32_is_three_parts() -> None:
+    x = np.random.default_rng(0).normal(size=500).astype(np.float32) * 10.0 ** np.arange(-25, 25).repeat(10)
+    x = x.astype(np.float32)
+    parts = jax.jit(lambda x: tiles.parts_of(x, jnp.float32))(x)
+    assert {part.dtype for part in parts} == {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_array_equal(sum(np.asarray(part, np.float64) for part in parts), x)
+
+
 def test_equal_codes_take_the_first() -> None:
     rng = np.random.default_rng(0)
     x, half = rng.normal(size=(1, 70, 1, 16)), rng.normal(size=(1, 70, 16))
@@ -184,27 +206,38 @@ def test_equal_codes_take_the_first() -> None:
 
 
 @pytest.mark.usefixtures("two_segments")
-@pytest.mark.parametrize("n_code", [19, 139])
-def test_the_future_changes_nothing(n_code: int) -> None:
+@pytest.mark.parametrize("n_code, dtype", [(19, "bfloat16"), (139, "bfloat16"), (19, "float32")])
+def test_the_future_changes_nothing(n_code: int, dtype: str) -> None:
     """Any change at t leaves every earlier output exactly as it was, though a NaN takes another loop."""
-    inputs = inputs_of(q_len=421, n_head=1, n_code_k=n_code)
-    before = run(inputs)
+    inputs = inputs_of(dtype, q_len=421, n_head=1, n_code_k=n_code)
+    before = run(inputs, dtype)
     for t, value in ((1, np.nan), (130, np.inf), (130, 3.0), (300, np.nan)):
         changed = inputs._replace(q=inputs.q.copy(), k=inputs.k.copy(), v=inputs.v.copy())
         for x in (changed.q, changed.k, changed.v):
             x[:, t:] = value
-        np.testing.assert_array_equal(run(changed)[:, :t], before[:, :t])
+        np.testing.assert_array_equal(run(changed, dtype)[:, :t], before[:, :t])
 
 
-@pytest.mark.parametrize("is_causal, n_code", [(False, 19), (True, 19), (True, 139)])
-def test_nonfinite_inputs_reach_the_rows_that_attend_to_them(is_causal: bool, n_code: int) -> None:
-    inputs = inputs_of(q_len=150, batch=2, n_code_k=n_code)
-    clean = run(inputs, is_causal=is_causal)
+@pytest.mark.parametrize(
+    "is_causal, n_code, dtype",
+    [
+        (False, 19, "bfloat16"),
+        (True, 19, "bfloat16"),
+        (True, 139, "bfloat16"),
+        (False, 19, "float32"),
+        (True, 19, "float32"),
+    ],
+)
+def test_nonfinite_inputs_reach_the_rows_that_attend_to_them(
+    is_causal: bool, n_code: int, dtype: str
+) -> None:
+    inputs = inputs_of(dtype, q_len=150, batch=2, n_code_k=n_code)
+    clean = run(inputs, dtype, is_causal=is_causal)
     t, head = 13, 1
     for name, value in (("q", np.nan), ("k", np.inf), ("v", np.nan), ("v", -np.inf)):
         x = getattr(inputs, name).copy()
         x[1, t, head, 2] = value
-        out = run(inputs._replace(**{name: x}), is_causal=is_causal)
+        out = run(inputs._replace(**{name: x}), dtype, is_causal=is_causal)
         rows = np.zeros(out.shape, bool)
         attending = slice(t, t + 1) if name == "q" else slice(t if is_causal else 0, None)
         rows[1, attending, head, 2 if name == "v" else slice(None)] = True
@@ -215,7 +248,18 @@ def test_nonfinite_inputs_reach_the_rows_that_attend_to_them(is_causal: bool, n_
 @pytest.mark.usefixtures("two_segments")
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_huge_scores(is_causal: bool) -> None:
-    """Scores of +-1e4, and codes of huge score that come up first at the very end; gradients too."""
+    """Gradients too, but of float32: it has log-sum-exps of 1e4 in steps of 1e-3."""
+    inputs, options = huge_scores(), {"is_causal": is_causal, "scale": 1.0}
+    out, found = differentiable("jax", inputs, "bfloat16", **KERNELS, **options)(inputs.v)
+    assert_close(out, vq_oracle.vq_attention(*inputs[:5], **options), "bfloat16")
+    targets = vq_oracle.vq_attention_gradients(*inputs[:5], inputs.v, **options)
+    assert_gradient_close(found.v, targets.v, "bfloat16")
+    out = run(inputs, "float32", **options)
+    assert_close(out, vq_oracle.vq_attention(*inputs[:5], **options), "float32")
+
+
+def huge_scores() -> Inputs:
+    """Scores of +-1e4, and codes of huge score that come up first at the very end."""
     rng = np.random.default_rng(0)
     length = 300
     codebook = np.array([[[-100.0, 0.0], [100.0, 0.0], [0.0, 1.0]]])
@@ -223,12 +267,7 @@ def test_huge_scores(is_causal: bool) -> None:
     q = codebook[0, rng.integers(0, 3, length)][None, :, None]
     k = codebook[0, picked][None, :, None]
     v = np.asarray(jnp.asarray(rng.normal(size=(1, length, 1, 3)), jnp.bfloat16), np.float64)
-    inputs = Inputs(q, k, v, codebook, codebook, None, v)
-    options: dict[str, Any] = {"is_causal": is_causal, "scale": 1.0}
-    out, found = differentiable("jax", inputs, "bfloat16", **KERNELS, **options)(v)
-    assert_close(out, vq_oracle.vq_attention(*inputs[:5], **options), "bfloat16")
-    targets = vq_oracle.vq_attention_gradients(*inputs[:5], v, **options)
-    assert_gradient_close(found.v, targets.v, "bfloat16")
+    return Inputs(q, k, v, codebook, codebook, None, v)
 
 
 def test_a_sequence_goes_on_from_a_state() -> None:
@@ -263,9 +302,18 @@ def shapes(n_code: int = 128, width: int = 128, dtype: Any = jnp.bfloat16) -> tu
     return x, x, x, *(jax.ShapeDtypeStruct((2, n_code, width), book),) * 2
 
 
-@pytest.mark.parametrize("is_causal, n_code, n_kernel", [(False, 128, 6), (True, 128, 11), (True, 512, 14)])
+@pytest.mark.parametrize(
+    "is_causal, n_code, dtype, n_kernel",
+    [
+        (False, 128, "bfloat16", 6),
+        (True, 128, "bfloat16", 11),
+        (True, 512, "bfloat16", 14),
+        (False, 128, "float32", 2),
+        (True, 128, "float32", 3),
+    ],
+)
 def test_kernels_lower_for_a_gpu(
-    is_causal: bool, n_code: int, n_kernel: int, monkeypatch: pytest.MonkeyPatch
+    is_causal: bool, n_code: int, dtype: str, n_kernel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Triton's own limits, which interpretation does not have."""
     monkeypatch.setattr(tiles, "is_interpreted", lambda: False)
@@ -273,7 +321,8 @@ def test_kernels_lower_for_a_gpu(
         pytest.skip("this jax lowers for a GPU that is there, or named")
     jax.clear_caches()
     options = {"is_causal": is_causal} | KERNELS
-    traced = jax.jit(lambda *x: gradient(*x, **options)).trace(*shapes(n_code))
+    arrays = shapes(n_code, dtype=jnp.dtype(dtype))
+    traced = jax.jit(lambda *x: gradient(*x, **options)).trace(*arrays)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     jax.clear_caches()
     assert len(re.findall(r"custom_call.*xla\.gpu\.triton", text)) == n_kernel
@@ -300,12 +349,15 @@ def test_kernels_have_no_64_bit_types() -> None:
     "options, arrays, step, reason",
     [
         ({"mem_len": 128}, shapes(), "causal_gradients", "gradients with an exact window or sinks"),
-        ({}, shapes(dtype=jnp.float32), "causal_attention", "values of float32"),
+        ({"mem_len": 128}, shapes(dtype=jnp.float32), "causal_attention", "values of float32"),
+        ({}, shapes(dtype=jnp.float32, n_code=256), "causal_attention", "256 key codes with values"),
+        ({}, shapes(dtype=jnp.float64), "causal_attention", "values of float64"),
+        ({}, shapes(dtype=jnp.float32), "causal_gradients", "gradients of float32"),
         ({}, shapes(dtype=jnp.float32), "finite_codes", "nearest codes of float32"),
         ({}, shapes(width=256), "finite_codes", "width 256"),
         ({}, shapes(n_code=1024), "causal_attention", "1024 key codes"),
         ({}, (*shapes()[:3], shapes(1024)[3], shapes()[4]), "causal_gradients", "gradients of 1024 query"),
-        ({"is_causal": False}, shapes(dtype=jnp.float32), "count_keys", "values of float32"),
+        ({"is_causal": False}, shapes(dtype=jnp.float64), "count_keys", "values of float64"),
         ({"is_causal": False}, shapes(dtype=jnp.float64), "full_attention", "values of float64"),
         ({"implementation": "xla"}, shapes(), "causal_attention", "implementation='xla' was asked for"),
     ],
@@ -336,7 +388,7 @@ def test_a_compiled_function_tells_too() -> None:
 def test_what_no_kernel_runs_is_what_xla_runs() -> None:
     inputs = inputs_of(q_len=70)
     plain, asked = (
-        attend("jax", inputs, "float32", is_causal=True, implementation=name) for name in ("xla", "triton")
+        attend("jax", inputs, "float64", is_causal=True, implementation=name) for name in ("xla", "triton")
     )
     np.testing.assert_array_equal(plain, asked)
 

@@ -4,11 +4,12 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 MAX_WIDTH = 128  # of vectors that are read whole
 MAX_CODES = 512  # of keys that causal attention is for; of queries too, for its gradients
 MAX_CODES_IN_REGISTERS = 128  # of gradients that follow a segment
+MAX_CODES_FLOAT32 = 128
 MIN_VECTORS = 64  # that codes are found of: fewer fill no tile
 N_PROCESSOR = 132  # of an H200
 MAX_STATE_BYTES = 2**33
@@ -56,6 +57,11 @@ def size_of(kernel: str, n_code: int) -> Size:
     return next((row.size for row in rows if row.n_code >= n_code), rows[-1].size)
 
 
+def of_values(kernel: str, dtype: Any) -> str:
+    """The name that a kernel's sizes have for values of a type: float32, in parts, has its own."""
+    return f"{kernel}_float32" if dtype == "float32" else kernel
+
+
 @contextmanager
 def trying(kernel: str, size: Size) -> Iterator[None]:
     """Have a kernel cut its work otherwise, in what is traced meanwhile."""
@@ -89,6 +95,11 @@ def n_tile(length: int, n_row: int, tile: int) -> int:
     return min(max(length * n_row // (4 * N_PROCESSOR * tile), 1), MAX_TILES)
 
 
+def n_beside(size: Size, width: int) -> int:
+    """Programs of a segment for values of a width; two of four warps share a processor."""
+    return max(-(-width // size.columns) * size.n_warp // 8, 1)
+
+
 def n_segment(length: int, n_row: int, tile: int) -> int:
-    """Segments of a sequence that are worked on at once: about one program for each processor."""
+    """Segments of a sequence that are worked on at once, `n_row` programs each: about one for a processor."""
     return min(max(N_PROCESSOR // n_row, 1), -(-length // tile))

@@ -14,10 +14,13 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from jax_vq.ops.numerics import N_PART
+
 NARROW = 16  # columns of the narrowest product
 
 Rows = tuple[Any, Any]  # a slice of an axis, and which of its entries there are; None: all
-F32 = jnp.float32
+F32, BF16 = jnp.float32, jnp.bfloat16
+HIGH_BITS = np.int32(-(2**16))  # of a float32 number: those that bfloat16 has
 
 
 def is_interpreted() -> bool:
@@ -131,10 +134,38 @@ def _product(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
     return lax.dot_general(x, y, axes, precision=lax.Precision.DEFAULT, preferred_element_type=F32)
 
 
-def one_hot(codes: Array, first: int, size: int, dtype: Any) -> Array:
-    """`[C, T]`: whether a token has a code, of `size` codes from `first` on."""
-    code = first + lax.broadcasted_iota(jnp.int32, (size, codes.shape[0]), 0)
-    return (code == codes[None, :]).astype(dtype)
+def one_hot(codes: Array, first: int, size: int, dtype: Any, axis: int = 0) -> Array:
+    """`[C, T]`: whether a token has a code, of `size` codes from `first` on; `[T, C]` with axis 1."""
+    shape = (codes.shape[0], size) if axis else (size, codes.shape[0])
+    code = first + lax.broadcasted_iota(jnp.int32, shape, axis)
+    return (code == jnp.expand_dims(codes, axis)).astype(dtype)
+
+
+def parts_of(x: Array, dtype: Any) -> list[Array]:
+    """As bfloat16 arrays for a kernel's products: three that sum to x for float32 values, else x rounded.
+
+    By bits and no cast: interpreted, XLA would take a cast to and fro for nothing.
+    """
+    if dtype != F32:
+        return [x.astype(dtype)]
+    high = _high(x)
+    middle = _high(x - high)
+    return [part.astype(BF16) for part in (high, middle, x - high - middle)]
+
+
+def _high(x: Array) -> Array:
+    """The leading eight bits of float32 numbers."""
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & HIGH_BITS, F32)
+
+
+def dot_parts(xs: list[Array], ys: list[Array], product: Callable[[Array, Array], Array] = dot) -> Array:
+    """`sum(xs) @ sum(ys)` in float32, without products of parts that are under its rounding.
+
+    The largest comes last: a tensor core cuts off what a sum cannot hold, at every step of 16 terms.
+    """
+    pairs = [(x, y) for j, y in enumerate(ys) for i, x in enumerate(xs) if i + j < N_PART]
+    first, *more = reversed(pairs)
+    return sum((product(*pair) for pair in more), product(*first))
 
 
 def in_parts(x: Array, dtype: Any) -> Array:

@@ -25,6 +25,7 @@ from jax.experimental.pallas import triton as plt
 from jax_vq.kernels import sizes, vq_window
 from jax_vq.kernels.tiles import (
     F32,
+    N_PART,
     NARROW,
     columns,
     dot,
@@ -42,9 +43,12 @@ from jax_vq.kernels.tiles import (
     write_numbers,
     write_vectors,
 )
+from jax_vq.kernels.vq_causal_f32 import causal_kernel as float32_kernel
 from jax_vq.kernels.vq_states import block_attention, block_states
 from jax_vq.kernels.vq_sums import Sums, before_segments, padded_codes, read_sums, segment_sums
+from jax_vq.kernels.vq_wide import wide_weights
 from jax_vq.ops.implementations import Kernel
+from jax_vq.ops.numerics import split
 from jax_vq.ops.vq_blocks import Form, Keys
 from jax_vq.ops.vq_causal import Books, Queries
 from jax_vq.ops.vq_causal import causal_attention as plain_attention
@@ -63,8 +67,12 @@ def why_not(
         return "keys only: the kernel is for quantized queries"
     if not form.has_exact and (keys.documents is not None or form.is_strict):
         return "padding, documents or a state to return: the kernel is for one whole sequence"
-    if keys.v.dtype != jnp.bfloat16:
-        return f"values of {keys.v.dtype}: the kernel is for bfloat16"
+    if keys.v.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"values of {keys.v.dtype}: the kernel is for bfloat16 and float32"
+    if keys.v.dtype == jnp.float32 and form.has_exact:
+        return "values of float32 with an exact window or sinks: the kernel is for bfloat16"
+    if keys.v.dtype == jnp.float32 and n_code > sizes.MAX_CODES_FLOAT32:
+        return f"{n_code} key codes with values of float32: the kernel is for {sizes.MAX_CODES_FLOAT32}"
     if n_code > sizes.MAX_CODES:
         return f"{n_code} key codes: the kernel is for at most {sizes.MAX_CODES}"
     if keys.v.shape[1] > MAX_LENGTH:
@@ -76,7 +84,7 @@ class Tables(NamedTuple):
     """What all programs read of the scores between codes; key codes are padded."""
 
     score: Array  # [H, Cq, C] float32
-    weight: Array  # [H, Cq, C] `E`, in the dtype of v, 0 for padding
+    weight: Array  # [H, Cq, C] `E`, 0 for padding; [3 * H, Cq, C], parts of it, where v is float32
     top: Array  # [H, Cq] float32
     is_wide: Array  # [H] whether scores of one code differ too much for `E`
 
@@ -87,7 +95,9 @@ class Tables(NamedTuple):
         is_wide = ~jnp.all(top - jnp.min(table, axis=-1) <= MAX_RANGE, axis=-1)
         padding = (0, 0), (0, 0), (0, n_padded - table.shape[2])
         table = jnp.pad(table, padding, constant_values=-jnp.inf)
-        return cls(table, jnp.exp(table - top[..., None]).astype(dtype), top, is_wide)
+        weight = jnp.exp(table - top[..., None])
+        weight = jnp.concatenate(split(weight, N_PART)) if dtype == F32 else weight.astype(dtype)
+        return cls(table, weight, top, is_wide)
 
 
 def first_sums(coded: Coded, n_padded: int) -> Sums:
@@ -122,11 +132,14 @@ def causal_attention(
     batch, length, n_key_head, width = keys.v.shape
     n_head = queries.codes.shape[2]
     n_padded, chunk = padded_codes(books.k.shape[1])
-    size = sizes.size_of("causal", n_padded)
-    block = size.tile
+    is_float32 = keys.v.dtype == F32
+    size = sizes.size_of(sizes.of_values("causal", keys.v.dtype), n_padded)
+    block, n_beside = size.tile, sizes.n_beside(size, width)
     if n_padded > chunk:
+        n_beside = 1
         block = sizes.block_len(n_padded, batch * length * n_key_head, width * keys.v.dtype.itemsize)
-    each = segment_len(length, batch * n_head, max(size.tile, sizes.size_of("sums", n_padded).tile, block))
+    tile = sizes.size_of(sizes.of_values("sums", keys.v.dtype), n_padded).tile
+    each = segment_len(length, batch * n_head * n_beside, max(size.tile, tile, block))
     sums = segment_sums(keys.codes, keys.v, books.k.shape[1], each)
     tables = Tables.of(books, n_padded, keys.v.dtype)
     before = before_segments(sums, first_sums(coded_of(state), n_padded))
@@ -139,7 +152,13 @@ def causal_attention(
         jax.ShapeDtypeStruct((batch, length, n_head), F32),
     )
     grid = pl.cdiv(length, each), batch * n_head, pl.cdiv(width, n_column)
-    kernel = partial(_causal_kernel, tile=size.tile, n_tile=each // size.tile, chunk=chunk, n_column=n_column)
+    kernel = partial(
+        float32_kernel if is_float32 else _causal_kernel,
+        tile=size.tile,
+        n_tile=each // size.tile,
+        chunk=chunk,
+        n_column=n_column,
+    )
     coded = queries.codes, keys.codes, keys.v
     if n_padded > chunk:
         states = block_states(keys.codes, keys.v, before, each, block)
@@ -216,25 +235,13 @@ def _causal_kernel(
 
     def wide(query: Array, key: Array, sums: Any) -> tuple[Array, Array, Array, Array]:
         """The same relative to the largest score of the keys that a query sees."""
-        far, shape = [], (tile, tile)
-        for first, (_, number) in zip(firsts, sums, strict=True):
-            count = jnp.max(number, axis=1)[None, :]
-            far.append(jnp.where(count > 0, read_rows(score_ref, head, query, first, chunk), -jnp.inf))
-        pair = (
-            jnp.broadcast_to(jnp.maximum(query, 0)[:, None], shape),
-            jnp.broadcast_to(jnp.maximum(key, 0)[None, :], shape),
-        )
-        near = jnp.where(lower & (key >= 0)[None, :], plt.load(score_ref.at[head, *pair]), -jnp.inf)
-        top = jnp.max(near, axis=1)
-        for score in far:
-            top = jnp.maximum(top, jnp.max(score, axis=1))
-        top = jnp.where(top == -jnp.inf, 0.0, top)
+        counts = [jnp.max(number, axis=1) for _, number in sums]
+        far, near, top = wide_weights(score_ref, head, query, key, counts, chunk)
         out, total = jnp.zeros((tile, n_column), F32), jnp.zeros((tile,), F32)
-        for score, (value, number) in zip(far, sums, strict=True):
-            weight = jnp.exp(score - top[:, None])
+        for weight, count, (value, _) in zip(far, counts, sums, strict=True):
             out += dot(weight.astype(dtype), value.astype(dtype))
-            total += jnp.sum(weight * jnp.max(number, axis=1)[None, :], axis=1)
-        return out, total, jnp.exp(near - top[:, None]), top
+            total += jnp.sum(weight * count[None, :], axis=1)
+        return out, total, near, top
 
     def step(i: Any, sums: Any, contains: bool, is_wide: bool) -> Any:
         rows = tokens((segment * n_tile + i) * tile, tile, length)

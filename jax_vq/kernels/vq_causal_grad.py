@@ -66,6 +66,8 @@ def why_not(
     reason = why_not_forward(asked, queries, keys, books, state, form)
     if reason is not None:
         return reason
+    if keys.v.dtype != jnp.bfloat16:
+        return f"gradients of {keys.v.dtype}: the kernel is for bfloat16"
     n_code = books.q.shape[1]
     if n_code > sizes.MAX_CODES:
         return f"gradients of {n_code} query codes: the kernel is for at most {sizes.MAX_CODES}"

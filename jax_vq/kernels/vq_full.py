@@ -31,8 +31,8 @@ def why_not_count(asked: str | None, keys: Keys, books: Books) -> str | None:
     """Why `count_keys` cannot run, or None."""
     if keys.documents is not None:
         return "padding: the kernel is for whole sequences"
-    if keys.v.dtype != jnp.bfloat16:
-        return f"values of {keys.v.dtype}: the kernel is for bfloat16"
+    if keys.v.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"values of {keys.v.dtype}: the kernel is for bfloat16 and float32"
     if keys.v.shape[1] > MAX_LENGTH:
         return f"{keys.v.shape[1]} tokens: the kernel counts to {MAX_LENGTH}"
     return None
@@ -40,9 +40,10 @@ def why_not_count(asked: str | None, keys: Keys, books: Books) -> str | None:
 
 def count_keys(keys: Keys, books: Books) -> Seen:
     """`ops.vq_full.count_keys`."""
-    batch, length, n_head, _ = keys.v.shape
+    batch, length, n_head, width = keys.v.shape
     n_code = books.k.shape[1]
-    each = segment_len(length, batch * n_head, sizes.size_of("sums", n_code).tile)
+    size = sizes.size_of(sizes.of_values("sums", keys.v.dtype), n_code)
+    each = segment_len(length, batch * n_head * sizes.n_beside(size, width), size.tile)
     sums = segment_sums(keys.codes, keys.v, n_code, each)
     count = jnp.sum(sums.numbers[..., :n_code].astype(jnp.int32), axis=2, dtype=jnp.int32)
     total = jnp.sum(sums.vectors[..., :n_code, :], axis=2)

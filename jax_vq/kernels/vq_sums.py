@@ -11,16 +11,19 @@ from jax.experimental.pallas import triton as plt
 
 from jax_vq.kernels import sizes
 from jax_vq.kernels.tiles import (
+    BF16,
     F32,
     NARROW,
     Rows,
     as_columns,
     columns,
     dot,
+    dot_parts,
     in_parts,
     launch,
     loop,
     one_hot,
+    parts_of,
     place_of,
     power_of_two,
     read_numbers,
@@ -54,12 +57,12 @@ def segment_sums(
 
     Args:
       codes: int32 `[B, T, K]`; a token of code -1 has no vector: it makes all sums of its segment NaN.
-      vectors: `[B, T, K, V]`.
+      vectors: `[B, T, K, V]`, bfloat16 or float32.
       segment_len: tokens of a segment, a multiple of the tile.
       weights, numbers: float32 `[B, T, K]`, by default 1.
     """
     batch, length, n_head, width = vectors.shape
-    size = sizes.size_of("sums", n_code)
+    size = sizes.size_of(sizes.of_values("sums", vectors.dtype), n_code)
     n_padded, chunk = padded_codes(n_code)
     n_column = min(power_of_two(width), size.columns)
     n_segment = pl.cdiv(length, segment_len)
@@ -129,22 +132,21 @@ def _sums_kernel(
     n_part = pl.cdiv(width, n_column)
     first = (pl.program_id(2) // n_part) * chunk
     cols = columns(pl.program_id(2) % n_part, n_column, width)
-    dtype = vector_ref.dtype
 
     def step(i: Any, carry: Any) -> Any:
         total, number, bad = carry
         rows = tokens((segment * n_tile + i) * tile, tile, length)
         code = read_numbers(code_ref, batch, rows, head, -2)
         x = read_vectors(vector_ref, batch, rows, head, cols)
-        hot = one_hot(code, first, chunk, dtype)
+        hot = one_hot(code, first, chunk, BF16)
         if has_weights:
             weight, value = (read_numbers(ref, batch, rows, head, 0.0) for ref in more_refs)
-            hot = hot * weight.astype(dtype)[None, :]
-            terms = in_parts(as_columns(value), dtype)
+            hot = hot * weight.astype(BF16)[None, :]
+            terms = in_parts(as_columns(value), BF16)
         else:
-            terms = jnp.ones((tile, NARROW), dtype)
+            terms = jnp.ones((tile, NARROW), BF16)
         bad = jnp.maximum(bad, jnp.max((code == -1).astype(jnp.int32)))
-        return total + dot(hot, x), number + dot(hot, terms), bad
+        return total + dot_parts([hot], parts_of(x, x.dtype)), number + dot(hot, terms), bad
 
     zero = jnp.zeros((chunk, n_column), F32), jnp.zeros((chunk, NARROW), F32), jnp.int32(0)
     total, number, bad = loop(n_tile, step, zero)
