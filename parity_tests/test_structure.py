@@ -37,7 +37,10 @@ ONLY_IN: dict[tuple[str, str], dict[str, str]] = {
     },
     ("jax_vq", "ops/attention.py"): {"exact_implementation": "torch chooses its kernel itself"},
     ("jax_vq", "ops/checks.py"): {"check_x64": "float64 is always there in torch"},
-    ("jax_vq", "ops/quantize.py"): {"nearest_codes(implementation)": "there are kernels of JAX alone"},
+    ("jax_vq", "ops/quantize.py"): {
+        "nearest_codes(implementation)": "there are kernels of JAX alone",
+        "scores_by_terms": "for the speed of JAX on a GPU; the reference is plain",
+    },
     ("jax_vq", "ops/vq_attention.py"): {
         "vq_attention(implementation)": "there are kernels of JAX alone",
         "vq_attention_step(implementation)": "there are kernels of JAX alone",
@@ -49,6 +52,7 @@ ONLY_IN: dict[tuple[str, str], dict[str, str]] = {
     ("jax_vq", "ops/numerics.py"): {
         "precision_for": "a JAX product names its precision",
         "row_major": "XLA chooses how arrays lie in memory",
+        "split": "for `scores_by_terms` and the kernels",
     },
     ("torch_ref", "ops/checks.py"): {
         "check_device": "JAX moves arrays itself or refuses to",

@@ -70,21 +70,20 @@ def _assign_all(x: Array, codebook: Array) -> Array:
 def assign(x: Array, codebook: Array) -> Array:
     """`nearest_codes` of one chunk, unchecked: `[B, T, H, D]` to int32 `[B, T, H]`."""
     acc = acc_dtype(x.dtype)
-    score = scores(x, codebook.astype(acc)) - jnp.sum(codebook.astype(acc) ** 2, axis=-1)[None, None] / 2
+    codebook = codebook.astype(acc)
+    if x.dtype == jnp.bfloat16 and jax.default_backend() == "gpu":
+        score = scores_by_terms(x, codebook)
+    else:
+        score = einsum("bthd,hcd->bthc", x.astype(acc), codebook)
+    score = score - jnp.sum(codebook**2, axis=-1)[None, None] / 2
     return jnp.argmax(score, axis=-1).astype(jnp.int32)
 
 
-def scores(x: Array, codebook: Array) -> Array:
-    """`x . codebook[c]`, `[B, T, H, D]` and `[H, C, D]` in the accumulator type to `[B, T, H, C]`."""
-    if x.dtype == jnp.bfloat16 and jax.default_backend() == "gpu":
-        return scores_by_terms(x, codebook)
-    return einsum("bthd,hcd->bthc", x.astype(codebook.dtype), codebook)
-
-
 def scores_by_terms(x: Array, codebook: Array) -> Array:
-    """`scores` of bfloat16 vectors and a float32 codebook, as bfloat16 products, each of them exact.
+    """`x . codebook[c]` of bfloat16 x `[B, T, H, D]` and a float32 codebook `[H, C, D]`: `[B, T, H, C]`.
 
-    Many times faster where matrix units multiply bfloat16 but not float32.
+    By bfloat16 products, each of them exact: many times faster where matrix units multiply bfloat16 but not
+    float32.
     """
     least, *rest = (einsum("bthd,hcd->bthc", x, term) for term in reversed(split(codebook)))
     return sum(rest, least)
