@@ -264,7 +264,8 @@ def test_one_scan_over_super_blocks() -> None:
     x = jax.ShapeDtypeStruct((1, length, n_head, width), jnp.float32)
     book = jax.ShapeDtypeStruct((n_head, n_code, width), jnp.float32)
     codes = jax.ShapeDtypeStruct((1, length, n_head), jnp.int32)
-    traced = jax.make_jaxpr(lambda *a: jax_vq.vq_attention(*a, is_causal=True, block_len=block_len))
+    options: dict[str, Any] = {"is_causal": True, "block_len": block_len, "implementation": "xla"}
+    traced = jax.make_jaxpr(lambda *a: jax_vq.vq_attention(*a, **options))
     scans = equations(traced(x, x, x, book, book).jaxpr, "scan")
     step = super_block_len(
         Queries(None, codes, None),
