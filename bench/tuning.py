@@ -68,8 +68,6 @@ def candidates(kernel: str, n_code: int, width: int) -> list[Size]:
         "states": ((64, 128), tuple({half, wide}), (4, 8), (2, 3, 4)),
         "blocks": ((64, 128), (wide,), (4, 8), (1, 2, 3)),
         "window": ((64, 128), (wide,), (4, 8), (1, 2, 3)),
-        "grad_queries": ((32, 64, 128), (wide,), (4, 8), (1, 2, 3)),
-        "grad_keys": ((32, 64), (wide,), (4, 8), (1, 2, 3)),
         "grad_states": ((64, 128), tuple({half, wide}), (4, 8), (2, 3, 4)),
         "grad_blocks": ((64, 128), (wide,), (4, 8), (1, 2, 3)),
     }
@@ -115,8 +113,7 @@ def calls(shape: Shape, n_code: int) -> Iterator[Call]:
     yield _windowed(q, k, v, codes_q, codes_k, books)
     out, lse = causal(queries, keys, books, state)
     arrays = queries, keys, books, state, out, lse, d_out
-    in_registers = n_padded <= sizes.MAX_CODES_IN_REGISTERS
-    for kernel in ("grad_queries", "grad_keys") if in_registers else ("grad_states", "grad_blocks"):
+    for kernel in ("grad_states", "grad_blocks"):
         yield Call(kernel, n_code, _gradients, arrays)
 
 

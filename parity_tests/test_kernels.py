@@ -306,7 +306,7 @@ def shapes(n_code: int = 128, width: int = 128, dtype: Any = jnp.bfloat16) -> tu
     "is_causal, n_code, dtype, n_kernel",
     [
         (False, 128, "bfloat16", 6),
-        (True, 128, "bfloat16", 11),
+        (True, 128, "bfloat16", 12),
         (True, 512, "bfloat16", 14),
         (False, 128, "float32", 2),
         (True, 128, "float32", 3),

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 MAX_WIDTH = 128  # of vectors that are read whole
 MAX_CODES = 512  # of keys that causal attention is for; of queries too, for its gradients
-MAX_CODES_IN_REGISTERS = 128  # of gradients that follow a segment
 MAX_CODES_FLOAT32 = 128
 MIN_VECTORS = 64  # that codes are found of: fewer fill no tile
 N_PROCESSOR = 132  # of an H200

@@ -1,4 +1,4 @@
-"""Gradients of causal attention over more codes than registers hold.
+"""Kernels of the gradients of causal attention over codes.
 
 In the notation of `vq_causal_grad.py`, sums by code go through memory (`vq_states.py`): `u_s`, `n_s` over the
 keys before each block, and `G_c`, `g_c` over the queries after it. One kernel then takes every block by
