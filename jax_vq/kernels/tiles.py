@@ -114,6 +114,40 @@ def read_rows(ref: Any, head: Any, codes: Array, first: int, size: int) -> Array
     return plt.load(ref.at[head, rows, first + lax.broadcasted_iota(jnp.int32, shape, 1)])
 
 
+def write_attention(
+    out_ref: Any,
+    lse_ref: Any,
+    batch: Any,
+    rows: Rows,
+    head: Any,
+    cols: Rows,
+    query: Array,
+    out: Array,
+    total: Array,
+    top: Array,
+) -> None:
+    """Output `out / total` and log-sum-exp of a tile; NaN for a query without a code."""
+    share = jnp.where(query < 0, jnp.nan, 1 / total)
+    write_vectors(out_ref, batch, rows, head, cols, out * share[:, None])
+    write_numbers(lse_ref, batch, rows, head, jnp.where(query < 0, jnp.nan, top + jnp.log(total)))
+
+
+def poisoned(v: Array, key: Array) -> Array:
+    """`v [T, V]` with NaN for a key that is not finite, whose code is -1."""
+    return jnp.where((key == -1)[:, None], jnp.full_like(v, jnp.nan), v)
+
+
+def contained(v: Array, key: Array) -> tuple[Array, Array]:
+    """`v [T, V]` with 0 for what is not finite, and where that was; zero times NaN is NaN, and would leak."""
+    bad = ~(jnp.abs(v.astype(F32)) < jnp.inf) | (key == -1)[:, None]
+    return jnp.where(bad, jnp.zeros_like(v), v), bad
+
+
+def spoiled(out: Array, sees: Array, bad: Array) -> Array:
+    """`out [T, V]` with NaN for the rows that see, `[T, T]`, a value that `contained` took away."""
+    return jnp.where(dot(sees.astype(BF16), bad.astype(BF16)) > 0, jnp.nan, out)
+
+
 def dot(x: Array, y: Array) -> Array:
     """`x @ y` in float32."""
     return _product(x, y, 1, 0)

@@ -28,6 +28,7 @@ from jax_vq.kernels.tiles import (
     N_PART,
     NARROW,
     columns,
+    contained,
     dot,
     in_parts,
     launch,
@@ -35,13 +36,14 @@ from jax_vq.kernels.tiles import (
     lower_triangle,
     one_hot,
     place_of,
+    poisoned,
     power_of_two,
     read_numbers,
     read_rows,
     read_vectors,
+    spoiled,
     tokens,
-    write_numbers,
-    write_vectors,
+    write_attention,
 )
 from jax_vq.kernels.vq_causal_f32 import causal_kernel as float32_kernel
 from jax_vq.kernels.vq_states import block_attention, block_states
@@ -252,16 +254,13 @@ def _causal_kernel(
         out, total, near, top = wide(query, key, sums) if is_wide else quick(query, hots, sums)
         seen = v
         if contains:
-            bad = ~(jnp.abs(v.astype(F32)) < jnp.inf) | (key == -1)[:, None]
-            seen = jnp.where(bad, jnp.zeros_like(v), v)
-            v = jnp.where((key == -1)[:, None], jnp.full_like(v, jnp.nan), v)
+            seen, bad = contained(v, key)
+            v = poisoned(v, key)
         out += dot(near.astype(dtype), seen)
         if contains:
-            out = jnp.where(dot(lower.astype(dtype), bad.astype(dtype)) > 0, jnp.nan, out)
+            out = spoiled(out, lower, bad)
         total += jnp.sum(near, axis=1)
-        share = jnp.where(query < 0, jnp.nan, 1 / total)
-        write_vectors(out_ref, batch, rows, head, cols, out * share[:, None])
-        write_numbers(lse_ref, batch, rows, head, jnp.where(query < 0, jnp.nan, top + jnp.log(total)))
+        write_attention(out_ref, lse_ref, batch, rows, head, cols, query, out, total, top)
         ones = jnp.ones((tile, NARROW), dtype)
         return [
             (value + dot(hot, v), number + dot(hot, ones))

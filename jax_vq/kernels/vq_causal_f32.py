@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
@@ -21,30 +21,26 @@ from jax_vq.kernels.tiles import (
     NARROW,
     as_columns,
     columns,
+    contained,
     dot,
     dot_parts,
     dot_t,
+    in_parts,
     loop,
     lower_triangle,
     one_hot,
     parts_of,
     place_of,
+    poisoned,
     read_numbers,
     read_rows,
     read_vectors,
+    spoiled,
     tokens,
-    write_numbers,
-    write_vectors,
+    write_attention,
 )
 from jax_vq.kernels.vq_sums import read_sums
 from jax_vq.kernels.vq_wide import wide_weights
-
-
-def side_by_side(parts: list[Array]) -> Array:
-    """Arrays `[N, NARROW]` of equal columns as one, whose columns sum to their sum."""
-    column = lax.broadcasted_iota(jnp.int32, parts[0].shape, 1)
-    zero = jnp.zeros_like(parts[0])
-    return sum((jnp.where(column == p, part, zero) for p, part in enumerate(parts)), zero)
 
 
 def causal_kernel(
@@ -76,7 +72,7 @@ def causal_kernel(
         weight = [read_rows(weight_ref, p * n_head + head, query, 0, chunk) for p in range(N_PART)]
         hot = one_hot(key, 0, chunk, BF16, axis=1)
         near = jnp.where(lower, dot_parts(weight, [hot], dot_t), 0)
-        total = jnp.sum(dot_parts(weight, [side_by_side(parts_of(as_columns(number), F32))]), axis=1)
+        total = jnp.sum(dot_parts(weight, [in_parts(as_columns(number), BF16)]), axis=1)
         out = dot_parts(weight, parts_of(value, F32))
         return out, total, near, plt.load(top_ref.at[head, jnp.maximum(query, 0)])
 
@@ -94,16 +90,13 @@ def causal_kernel(
         out, total, near, top = (wide if is_wide else quick)(query, key, *sums)
         seen = v
         if contains:
-            bad = ~(jnp.abs(v) < jnp.inf) | (key == -1)[:, None]
-            seen = jnp.where(bad, jnp.zeros_like(v), v)
-            v = jnp.where((key == -1)[:, None], jnp.full_like(v, jnp.nan), v)
+            seen, bad = contained(v, key)
+            v = poisoned(v, key)
         out += dot_parts(parts_of(near, F32), parts_of(seen, F32))
         if contains:
-            out = jnp.where(dot(lower.astype(BF16), bad.astype(BF16)) > 0, jnp.nan, out)
+            out = spoiled(out, lower, bad)
         total += jnp.sum(near, axis=1)
-        share = jnp.where(query < 0, jnp.nan, 1 / total)
-        write_vectors(out_ref, batch, rows, head, cols, out * share[:, None])
-        write_numbers(lse_ref, batch, rows, head, jnp.where(query < 0, jnp.nan, top + jnp.log(total)))
+        write_attention(out_ref, lse_ref, batch, rows, head, cols, query, out, total, top)
         value, number = sums
         hot = one_hot(key, 0, chunk, BF16)
         count = jnp.max(dot(hot, jnp.ones((tile, NARROW), BF16)), axis=1)

@@ -20,6 +20,7 @@ from jax_vq.kernels.tiles import (
     Rows,
     as_columns,
     columns,
+    contained,
     dot,
     in_parts,
     launch,
@@ -27,13 +28,14 @@ from jax_vq.kernels.tiles import (
     lower_triangle,
     one_hot,
     place_of,
+    poisoned,
     power_of_two,
     read_numbers,
     read_rows,
     read_vectors,
+    spoiled,
     tokens,
-    write_numbers,
-    write_vectors,
+    write_attention,
 )
 from jax_vq.kernels.vq_sums import Sums, read_sums
 
@@ -127,7 +129,7 @@ def _states_kernel(
         code = read_numbers(code_ref, batch, rows, head, -2)
         v = read_vectors(v_ref, batch, rows, head, cols)
         if not is_gradient:
-            v = jnp.where((code == -1)[:, None], jnp.full_like(v, jnp.nan), v)
+            v = poisoned(v, code)
         hot, terms = one_hot(code, first, chunk, dtype), jnp.ones((tile, NARROW), dtype)
         if has_weights:
             weight, value = (read_numbers(ref, batch, rows, head, 0.0) for ref in more_refs)
@@ -261,9 +263,8 @@ def _block_kernel(
             """With keys of these weights, `sees [T, T]` of them."""
             if not contains:
                 return out + dot(near.astype(dtype), v)
-            bad = ~(jnp.abs(v.astype(F32)) < jnp.inf) | (key == -1)[:, None]
-            out += dot(near.astype(dtype), jnp.where(bad, jnp.zeros_like(v), v))
-            return jnp.where(dot(sees.astype(dtype), bad.astype(dtype)) > 0, jnp.nan, out)
+            seen, bad = contained(v, key)
+            return spoiled(out + dot(near.astype(dtype), seen), sees, bad)
 
         key, v = keys_at(here)
         lower = lower_triangle(tile)
@@ -281,6 +282,4 @@ def _block_kernel(
         if n_tile > 1:
             out, total = lax.fori_loop(block * n_tile, here, earlier, (out, total))
         top = plt.load(top_ref.at[head, jnp.maximum(query, 0)])
-        share = jnp.where(query < 0, jnp.nan, 1 / total)
-        write_vectors(out_ref, batch, rows, head, cols, out * share[:, None])
-        write_numbers(lse_ref, batch, rows, head, jnp.where(query < 0, jnp.nan, top + jnp.log(total)))
+        write_attention(out_ref, lse_ref, batch, rows, head, cols, query, out, total, top)

@@ -39,6 +39,7 @@ from jax_vq.kernels.tiles import (
     tokens,
     write_vectors,
 )
+from jax_vq.kernels.vq_causal import segment_len
 from jax_vq.kernels.vq_states import States, block_states, read_values
 from jax_vq.kernels.vq_sums import Sums, before_segments, segment_sums
 from jax_vq.ops.numerics import read_chunk, scan_chunks, write_chunk
@@ -132,9 +133,7 @@ def _states(
     n_code = first.numbers.shape[3]
     size = sizes.size_of("grad_states", n_code)
     n_program = batch * n_head * pl.cdiv(n_code, size.chunk) * pl.cdiv(width, size.columns)
-    step = max(block, sizes.size_of("sums", n_code).tile)
-    n_step = pl.cdiv(length, step)
-    each = pl.cdiv(n_step, sizes.n_segment(length, n_program, step)) * step
+    each = segment_len(length, n_program, max(block, sizes.size_of("sums", n_code).tile))
     before = first
     if each < length:
         sums = segment_sums(codes, vectors, n_code, each, weights, numbers)

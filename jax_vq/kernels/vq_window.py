@@ -29,8 +29,7 @@ from jax_vq.kernels.tiles import (
     read_rows,
     read_vectors,
     tokens,
-    write_numbers,
-    write_vectors,
+    write_attention,
 )
 from jax_vq.kernels.vq_states import block_states, read_state
 from jax_vq.kernels.vq_sums import Sums, before_segments
@@ -177,6 +176,4 @@ def _window_kernel(
         seen = lax.broadcasted_iota(jnp.int32, (tile, n_sink), 1) < jnp.minimum(start, form.n_sink)
         carry = exact(tokens(0, n_sink, length), seen, carry)
     out, total, top = carry
-    share = jnp.where(query < 0, jnp.nan, 1 / total)
-    write_vectors(out_ref, batch, rows, head, cols, out * share[:, None])
-    write_numbers(lse_ref, batch, rows, head, jnp.where(query < 0, jnp.nan, top + jnp.log(total)))
+    write_attention(out_ref, lse_ref, batch, rows, head, cols, query, out, total, top)

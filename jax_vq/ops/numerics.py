@@ -44,7 +44,8 @@ def einsum(spec: str, x: Array, y: Array) -> Array:
 def split(x: Array, n_part: int = N_PART) -> list[Array]:
     """Float32 as bfloat16 arrays that sum to it, to so many terms.
 
-    `reduce_precision` and no cast: XLA takes a cast to and fro for nothing.
+    To the nearest, so that what a term leaves over is small. `reduce_precision` and no cast: XLA takes a cast
+    to and fro for nothing.
     """
     parts = []
     for _ in range(n_part):
