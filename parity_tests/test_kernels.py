@@ -218,6 +218,7 @@ def test_the_future_changes_nothing(n_code: int, dtype: str) -> None:
         np.testing.assert_array_equal(run(changed, dtype)[:, :t], before[:, :t])
 
 
+@pytest.mark.usefixtures("two_segments")
 @pytest.mark.parametrize(
     "is_causal, n_code, dtype",
     [
@@ -231,9 +232,12 @@ def test_the_future_changes_nothing(n_code: int, dtype: str) -> None:
 def test_nonfinite_inputs_reach_the_rows_that_attend_to_them(
     is_causal: bool, n_code: int, dtype: str
 ) -> None:
-    inputs = inputs_of(dtype, q_len=150, batch=2, n_code_k=n_code)
+    inputs = inputs_of(dtype, q_len=300, batch=2, n_code_k=n_code)
     clean = run(inputs, dtype, is_causal=is_causal)
-    t, head = 13, 1
+    t, head = (
+        13,
+        1,
+    )  # rows that attend are in its tile, in the next one of its segment, and in the next segment
     for name, value in (("q", np.nan), ("k", np.inf), ("v", np.nan), ("v", -np.inf)):
         x = getattr(inputs, name).copy()
         x[1, t, head, 2] = value
