@@ -25,7 +25,12 @@ from vq_common.tolerances import TOLERANCES
 
 # Codes are a choice: two that are as near as rounding tells may change places.
 MAX_CHANGED = 1e-4
-CHUNKS = {"grad_states": (64, 128), "grad_blocks": (32, 64)}  # of codes, where 128 are not the only choice
+CHUNKS = {
+    "settle": (64, 128),
+    "states": (64, 128),
+    "grad_states": (64, 128),
+    "grad_blocks": (32, 64),
+}  # of codes, where 128 are not the only choice
 WINDOW = 512  # exact tokens before a block, and of a block
 
 
@@ -60,6 +65,8 @@ def candidates(kernel: str, n_code: int, width: int) -> list[Size]:
     half = max(wide // 2, 16)
     choices = {
         "codes": ((64, 128, 256), (wide,), (4, 8), (2, 3, 4)),
+        "settle": ((32, 64, 128), (wide,), (4, 8), (1, 2)),
+        "every_code": ((32, 64, 128), (wide,), (4, 8), (1, 2)),
         "sums": ((64, 128), tuple({half, wide}), (4, 8), (2, 3, 4)),
         "sums_float32": ((64, 128), tuple({half, wide}), (4, 8), (1, 2, 3)),
         "answer": ((32, 64, 128), (wide,), (4, 8), (1,)),
@@ -96,8 +103,9 @@ def calls(shape: Shape, n_code: int) -> Iterator[Call]:
     books = Books.of(book_q, book_k, None, width**-0.5)
     state, form = empty_state(1, (n_head, n_code), (width, width), v.dtype, 0, 0), Form(width**-0.5)
     seen = vq_full.count_keys(keys, books)
-    each = vq_causal.segment_len(length, n_head, 128)
-    yield Call("codes", n_code, quantize.finite_codes, (q, book_q))
+    each = sizes.segment_len(length, n_head, 128)
+    for kernel in ("codes", "settle", "every_code"):
+        yield Call(kernel, n_code, quantize.finite_codes, (q, book_q))
     for kernel, values in (("sums", v), ("sums_float32", v.astype(jnp.float32))):
         yield Call(kernel, n_code, lambda c, v: vq_sums.segment_sums(c, v, n_code, each), (codes_k, values))
     yield Call("answer", n_code, vq_full.full_attention, (queries, keys, books, seen))
@@ -176,7 +184,7 @@ def _compiled(lowered: Any) -> Any:
 def difference(call: Call, found: Any, expected: Any) -> str | None:
     """What is wrong with the results of another size, or None."""
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        if call.kernel == "codes":
+        if call.kernel in ("codes", "settle", "every_code"):
             changed = float(jnp.mean(one != other))
             if changed > MAX_CHANGED:
                 return f"{changed:.1%} of the codes change"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jax_vq
-from jax_vq.kernels import sizes, tiles, vq_states_grad
+from jax_vq.kernels import quantize, sizes, tiles, vq_states_grad
 from jax_vq.kernels.vq_states_grad import RowData
 from jax_vq.kernels.vq_sums import Sums
 from jax_vq.ops.vq_blocks import Keys
@@ -151,18 +151,30 @@ def check_gradients(inputs: Inputs) -> None:
             assert_gradient_close(getattr(found, name), target, "bfloat16")
 
 
-@pytest.mark.parametrize("codebook_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("n_code, n_tile", [(5, 1), (300, 1), (300, 2)])
-def test_codes_are_the_nearest(
-    n_code: int, n_tile: int, codebook_dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those of float64 wherever the two best scores differ by more than float32 rounds."""
+@pytest.fixture(params=["every vector", "1 tile", "3 tiles"])
+def n_tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """By all bits of the codebook; or by float16 first, with a chunk of codes and some tiles a program."""
     jax.clear_caches()
-    monkeypatch.setattr(sizes, "n_tile", lambda length, n_row, tile: n_tile)  # 2: a chunk of codes at a time
+    if request.param != "every vector":
+        monkeypatch.setattr(quantize, "BRIEF", 0)
+        monkeypatch.setattr(sizes, "n_tile", lambda length, n_row, tile: int(request.param[0]))
+    yield
+    jax.clear_caches()
+
+
+def codes_of(x: np.ndarray, codebook: np.ndarray, dtype: str = "float32") -> np.ndarray:
+    return to_numpy(jax_vq.nearest_codes(to_jax(x, "bfloat16"), to_jax(codebook, dtype), **KERNELS))
+
+
+@pytest.mark.usefixtures("n_tile")
+@pytest.mark.parametrize("codebook_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("n_code", [5, 300])
+def test_codes_are_the_nearest(n_code: int, codebook_dtype: str) -> None:
+    """Those of float64 wherever the two best scores differ by more than float32 rounds."""
     rng = np.random.default_rng(n_code)
     x = np.asarray(jnp.asarray(rng.normal(size=(2, 97, 3, 33)), jnp.bfloat16), np.float64)
     codebook = np.asarray(jnp.asarray(rng.normal(size=(3, n_code, 33)), codebook_dtype), np.float64)
-    found = to_numpy(jax_vq.nearest_codes(to_jax(x, "bfloat16"), to_jax(codebook, codebook_dtype), **KERNELS))
+    found = codes_of(x, codebook, codebook_dtype)
     score = np.einsum("bthd,hcd->bthc", x, codebook) - (codebook**2).sum(-1) / 2
     best = np.sort(score, axis=-1)
     is_clear = best[..., -1] - best[..., -2] > 1e-5
@@ -170,16 +182,38 @@ def test_codes_are_the_nearest(
     np.testing.assert_array_equal(found[is_clear], oracle.nearest_codes(x, codebook)[is_clear])
 
 
+@pytest.mark.usefixtures("n_tile")
 def test_codes_that_differ_in_their_last_bits() -> None:
-    """Two terms of bfloat16 are the same for all codes of a sign pattern; the third tells them apart."""
+    """Codes of a sign pattern are one in float16 and in two terms of bfloat16; the third tells them apart."""
     rng = np.random.default_rng(0)
     signs = rng.choice([-1.0, 1.0], size=(10, 16))
-    sizes = 1 + 2.0**-9 + np.arange(4) * 2.0**-20
-    codebook = (signs[:, None] * sizes[:, None]).reshape(1, 40, 16).astype(np.float32)
+    factors = 1 + 2.0**-9 + np.arange(4) * 2.0**-20
+    codebook = (signs[:, None] * factors[:, None]).reshape(1, 40, 16).astype(np.float32)
     pattern = rng.integers(0, 10, 200)
-    x = 3 * signs[pattern][None, :, None]
-    found = to_numpy(jax_vq.nearest_codes(to_jax(x, "bfloat16"), to_jax(codebook, "float32"), **KERNELS))
+    found = codes_of(3 * signs[pattern][None, :, None], codebook)
     np.testing.assert_array_equal(found[0, :, 0], 4 * pattern + 3)
+
+
+@pytest.mark.usefixtures("n_tile")
+@pytest.mark.parametrize("size", [1e-15, 1e-7, 1e4, 1e17])
+def test_codes_of_vectors_out_of_the_range_of_float16(size: float) -> None:
+    rng = np.random.default_rng(0)
+    codebook = np.asarray(size * rng.normal(size=(2, 150, 16)), np.float32)
+    x = np.asarray(jnp.asarray(size * rng.normal(size=(1, 190, 2, 16)), jnp.bfloat16), np.float64)
+    x[0, ::5] *= 40  # of size 1e4 most are in range, and these are not
+    x = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+    np.testing.assert_array_equal(codes_of(x, codebook), oracle.nearest_codes(x, codebook.astype(np.float64)))
+
+
+@pytest.mark.usefixtures("n_tile")
+def test_what_is_not_finite_has_no_code() -> None:
+    rng = np.random.default_rng(0)
+    x, codebook = rng.normal(size=(1, 190, 2, 16)), rng.normal(size=(2, 150, 16))
+    bad = {(3, 0): np.nan, (70, 1): np.inf, (189, 0): -np.inf}
+    for (t, head), value in bad.items():
+        x[0, t, head, 5] = value
+    found = to_numpy(quantize.finite_codes(to_jax(x, "bfloat16"), to_jax(codebook, "float32")))
+    assert {tuple(where[1:]) for where in np.argwhere(found == -1)} == set(bad)
 
 
 def test_counts_keep_all_their_bits_in_half_types() -> None:
@@ -197,12 +231,11 @@ def test_float32_is_three_parts() -> None:
     np.testing.assert_array_equal(sum(np.asarray(part, np.float64) for part in parts), x)
 
 
+@pytest.mark.usefixtures("n_tile")
 def test_equal_codes_take_the_first() -> None:
     rng = np.random.default_rng(0)
-    x, half = rng.normal(size=(1, 70, 1, 16)), rng.normal(size=(1, 70, 16))
-    codebook = np.concatenate([half, half, half], axis=1)
-    found = jax_vq.nearest_codes(to_jax(x, "bfloat16"), to_jax(codebook, "float32"), **KERNELS)
-    assert int(jnp.max(found)) < 70
+    x, third = rng.normal(size=(1, 70, 1, 16)), rng.normal(size=(1, 70, 16))
+    assert codes_of(x, np.concatenate([third, third, third], axis=1)).max() < 70
 
 
 @pytest.mark.usefixtures("two_segments")
@@ -307,19 +340,22 @@ def shapes(n_code: int = 128, width: int = 128, dtype: Any = jnp.bfloat16) -> tu
 
 
 @pytest.mark.parametrize(
-    "is_causal, n_code, dtype, n_kernel",
+    "is_causal, n_code, dtype, brief, n_kernel",
     [
-        (False, 128, "bfloat16", 6),
-        (True, 128, "bfloat16", 12),
-        (True, 512, "bfloat16", 14),
-        (False, 128, "float32", 2),
-        (True, 128, "float32", 3),
+        (False, 128, "bfloat16", quantize.BRIEF, 4),
+        (False, 128, "bfloat16", 0, 6),
+        (True, 128, "bfloat16", 0, 12),
+        (True, 512, "bfloat16", quantize.BRIEF, 12),
+        (True, 512, "bfloat16", 0, 16),
+        (False, 128, "float32", 0, 2),
+        (True, 128, "float32", 0, 3),
     ],
 )
 def test_kernels_lower_for_a_gpu(
-    is_causal: bool, n_code: int, dtype: str, n_kernel: int, monkeypatch: pytest.MonkeyPatch
+    is_causal: bool, n_code: int, dtype: str, brief: int, n_kernel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Triton's own limits, which interpretation does not have."""
+    monkeypatch.setattr(quantize, "BRIEF", brief)
     monkeypatch.setattr(tiles, "is_interpreted", lambda: False)
     if jax.__version_info__ >= (0, 11) and not ON_GPU:
         pytest.skip("this jax lowers for a GPU that is there, or named")

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
@@ -12,7 +13,10 @@ from jax.experimental.pallas import triton as plt
 from jax_vq.kernels import sizes
 from jax_vq.kernels.tiles import (
     F32,
+    NARROW,
     columns,
+    dot,
+    dot_parts,
     dot_t,
     launch,
     loop,
@@ -24,68 +28,119 @@ from jax_vq.kernels.tiles import (
 from jax_vq.ops.implementations import Kernel
 from jax_vq.ops.numerics import N_PART, split
 
+UNUSED = 1e38  # half the squared length of a code that is none: never the nearest
+MANTISSA = 23  # bits of a float32 number
+ROUNDING = 2.0**-20  # of a sum that a tensor core adds up, more than it is off
+SQUARE_ERROR = 1.01  # of a bfloat16 square, more than it is off
+F16_STEP = 2.0**-24  # between the least float16 numbers
+
+
+BRIEF = 8  # tiles of a program times chunks of codes, under which nothing is gained by a float16 codebook
+
+
+class Whole(NamedTuple):
+    """All bits of a codebook; codes and D are padded."""
+
+    parts: Array  # [N * H, C, D] bfloat16 that sum to it
+    half: Array  # [H, C] float32, `|c|^2 / 2`
+
+    @classmethod
+    def of(cls, codebook: Array, n_padded: int) -> "Whole":
+        book = _padded(codebook, n_padded)
+        half = jnp.sum(book**2, axis=-1) / 2
+        half = jnp.where(jnp.arange(n_padded) < codebook.shape[1], half, UNUSED)
+        return cls(jnp.concatenate(split(book, 1 if codebook.dtype == jnp.bfloat16 else N_PART)), half)
+
+
+class Near(NamedTuple):
+    """A codebook that most codes are found by; codes and D are padded."""
+
+    book: Array  # [H, D, C] float16
+    bias: Array  # [H, NARROW, C] bfloat16 that sum to `-|c|^2 / 2`
+    off: Array  # [2 * H] float32: how far a score is off at most, relative to |x| and besides
+
+    @classmethod
+    def of(cls, codebook: Array, half: Array) -> "Near":
+        book = _padded(codebook, half.shape[1])
+        near = lax.reduce_precision(book, exponent_bits=5, mantissa_bits=10)  # a cast to and fro would vanish
+        square = jnp.where(half == UNUSED, 0, 2 * half)
+        rest = jnp.sum((book - near) ** 2, axis=-1)
+        rest = jnp.max(jnp.where(jnp.isfinite(square), rest, jnp.inf), axis=-1)
+        most = jnp.max(square, axis=-1)
+        relative = jnp.sqrt(rest) + ROUNDING * jnp.sqrt(most)
+        besides = jnp.sqrt(codebook.shape[2] * most) * F16_STEP + ROUNDING * most
+        bias = jnp.pad(jnp.stack(split(-half), axis=1), ((0, 0), (0, NARROW - N_PART), (0, 0)))
+        off = jnp.concatenate([relative, besides])
+        return cls(jnp.swapaxes(near, 1, 2).astype(jnp.float16), bias, off)
+
+
+def _padded(codebook: Array, n_padded: int) -> Array:
+    """Float32 `[H, C, D]` with zeros for the codes and features that are added."""
+    _, n_code, width = codebook.shape
+    return jnp.pad(codebook.astype(F32), ((0, 0), (0, n_padded - n_code), (0, power_of_two(width) - width)))
+
 
 def finite_codes(x: Array, codebook: Array) -> Array:
     """`ops.vq_attention.finite_codes`: int32 `[B, T, H]`, -1 for a vector with NaN or inf.
 
     Scores are products of x with the codebook in float32, summed in another order than XLA sums them:
-    codes are the same where the two best scores differ by more than rounding. Two of the codebook's three
-    terms do for a tile of vectors unless the third one, at most `|x| |c_3|` of a score, could change which
-    code is best, or a score is not finite: such a tile is left to a second kernel, which takes in all.
+    codes are the same where the two best scores differ by more than rounding. The codebook in float16 does
+    for a vector unless what that leaves of it, at most `|x| |c - float16(c)|` of a score, could change which
+    code is best, or a score is not finite. Those vectors are listed, some 2 % of Gaussian ones, and a second
+    kernel gathers them and takes in all bits. Of few vectors that is all there is.
     """
-    batch, length, n_head, width = x.shape
-    n_code, n_row = codebook.shape[1], x.shape[0] * n_head
+    batch, length, n_head, _ = x.shape
+    n_code, n_row = codebook.shape[1], batch * n_head
     size = sizes.size_of("codes", n_code)
     chunk = min(power_of_two(n_code), size.chunk)
-    small = sizes.size_of("codes", chunk)
-    by_chunks = n_code > chunk and sizes.n_tile(length, n_row, small.tile) > 1
-    size = small if by_chunks else size
-    per_program = sizes.n_tile(length, n_row, size.tile)
-    n_padded = pl.cdiv(n_code, chunk) * chunk
-    padding = (0, 0), (0, n_padded - n_code), (0, power_of_two(width) - width)
-    half = jnp.sum(codebook.astype(F32) ** 2, axis=-1) / 2
-    half = jnp.pad(half, padding[:2], constant_values=jnp.inf)
-    parts = split(jnp.pad(codebook.astype(F32), padding), 1 if codebook.dtype == jnp.bfloat16 else N_PART)
-    last = jnp.max(jnp.sum(parts[-1].astype(F32) ** 2, axis=-1), axis=-1)  # [H] largest |c_3|^2
-    grid = pl.cdiv(pl.cdiv(length, size.tile), per_program), n_row
+    n_chunk, n_tile = pl.cdiv(n_code, chunk), sizes.n_tile(length, n_row, size.tile)
+    whole = Whole.of(codebook, n_chunk * chunk)
     codes = jax.ShapeDtypeStruct((batch, length, n_head), jnp.int32)
-    is_open = jax.ShapeDtypeStruct((n_row, grid[0] * per_program), jnp.int32)
-    kernel = partial(_codes_kernel, tile=size.tile, n_tile=per_program, chunk=chunk)
-    arrays = x, jnp.concatenate(parts), half
-    if by_chunks:
-        score, code = (jax.ShapeDtypeStruct((n_row, length), dtype) for dtype in (F32, jnp.int32))
-        results = score, score, code, is_open
-        run = launch(kernel, results, grid, size.n_warp, size.n_stage, {5: 0, 6: 1, 7: 2})
-        found = _by_chunks(run, x, parts, half, last, chunk, results)
-    else:
-        found = launch(kernel, (codes, is_open), grid, size.n_warp, size.n_stage)(*arrays, last)
-    settle = launch(partial(kernel, settles=True), codes, grid, size.n_warp, 1, {len(arrays): 0})
-    return settle(*arrays, *found)
+    if n_chunk * n_tile < BRIEF:
+        every = sizes.size_of("every_code", n_code)
+        kernel = partial(_exact_kernel, tile=every.tile, chunk=min(chunk, every.chunk), n_tile=n_tile)
+        grid = pl.cdiv(pl.cdiv(length, every.tile), n_tile), n_row
+        return launch(kernel, codes, grid, every.n_warp, every.n_stage)(x, *whole)
+    near = Near.of(codebook, whole.half)
+    grid = pl.cdiv(pl.cdiv(length, size.tile), n_tile), n_row
+    listed = (
+        jax.ShapeDtypeStruct((n_row, grid[0], (n_tile + 1) * size.tile), jnp.int32),
+        jax.ShapeDtypeStruct((n_row, grid[0]), jnp.int32),
+    )
+    kernel, how = partial(_first_kernel, tile=size.tile, n_tile=n_tile, chunk=chunk), size[3:]
+    known = _best_of_all_but_the_last(kernel, grid, how, x, near, chunk)
+    find = launch(partial(kernel, is_last=True), (codes, *listed), grid, *how)
+    found = find(x, *near, *known)
+    few = sizes.size_of("settle", n_code)
+    settle = partial(_exact_kernel, tile=few.tile, chunk=min(chunk, few.chunk))
+    return launch(settle, codes, grid, few.n_warp, few.n_stage, {5: 0})(x, *whole, *found[1:], found[0])
 
 
-def _by_chunks(
-    run: Any, x: Array, parts: list[Array], half: Array, last: Array, chunk: int, results: Any
-) -> tuple[Array, Array]:
-    """Codes, and which tiles are open, from one call of a kernel after another, each of a chunk of codes.
+def _best_of_all_but_the_last(
+    kernel: Any, grid: tuple[int, int], how: tuple[int, int], x: Array, near: Near, chunk: int
+) -> tuple[Array, ...]:
+    """`Best` and where the last codes start, from one call after another, each of a chunk of codes.
 
-    A program keeps its chunk on the chip for all its vectors; where it takes in all chunks for every tile of
-    vectors, that is what it waits for. What is known of a vector is kept head by head meanwhile, so that a
-    program reads numbers that lie side by side.
+    A chunk stays on the chip for all vectors of a program. What is known of a vector is kept head by head
+    meanwhile, so that a program reads numbers that lie side by side. Nothing where there is one chunk.
     """
-
-    def part(array: Array, c: Any) -> Array:
-        return lax.dynamic_slice_in_dim(array, c * chunk, chunk, axis=1)
-
-    def step(c: Any, found: Any) -> Any:
-        first = jnp.full((x.shape[2],), c * chunk, jnp.int32)
-        book = jnp.concatenate([part(term, c) for term in parts])
-        return tuple(run(x, book, part(half, c), last, first, *found[:3]))
-
-    fills = -jnp.inf, -jnp.inf, 0, 0
-    start = tuple(jnp.full(like.shape, fill, like.dtype) for like, fill in zip(results, fills, strict=True))
-    found = lax.fori_loop(0, half.shape[1] // chunk, step, start)
+    n_step = near.book.shape[2] // chunk - 1
+    if not n_step:
+        return ()
     batch, length, n_head, _ = x.shape
-    return jnp.swapaxes(found[2].reshape(batch, n_head, length), 1, 2), found[3]
+    shape = batch * n_head, length
+    best = Best(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in (F32, F32, jnp.int32)))
+    run = launch(kernel, best, grid, *how, {4 + i: i for i in range(len(best))})
+    nothing = jnp.full(shape, -jnp.inf, F32)
+
+    def first(i: Any) -> Array:
+        return jnp.full(n_head, i * chunk, jnp.int32)
+
+    def step(i: Any, found: Any) -> Any:
+        return tuple(run(x, *near, *found, first(i)))
+
+    found = lax.fori_loop(0, n_step, step, (nothing, nothing, jnp.zeros(shape, jnp.int32)))
+    return *found, first(n_step)
 
 
 def nearest_codes(x: Array, codebook: Array) -> Array:
@@ -111,95 +166,151 @@ class Best(NamedTuple):
     second: Array  # the best score of all other codes
     code: Array
 
-    def merged(self, new: "Best", first: Any) -> "Best":
-        """With later codes, which are counted from `first` on."""
+    def merged(self, new: "Best") -> "Best":
+        """With later codes."""
         second = jnp.maximum(jnp.maximum(self.second, new.second), jnp.minimum(self.score, new.score))
-        code = jnp.where(new.score > self.score, new.code + first, self.code)
+        code = jnp.where(new.score > self.score, new.code, self.code)
         return Best(jnp.maximum(self.score, new.score), second, code)
 
+    def is_open(self, reach: Array, n_bit: int) -> Array:
+        """Whether another code may be the best of all; also of scores that are not finite.
 
-def _codes_kernel(
+        Args:
+          reach: how far a score may be off, besides its last bits.
+          n_bit: of a score, which a code took.
+        """
+        rounding = (jnp.abs(self.score) + jnp.abs(self.second)) * 2.0 ** (n_bit - MANTISSA)
+        return ~(self.score - self.second > 2 * reach + rounding)
+
+
+def _best(score: Array, first: Any) -> Best:
+    """Of `[T, C]` scores of codes from `first` on.
+
+    A code's number takes the last bits of its score, so that one maximum gives both.
+    """
+    last = np.int32(score.shape[1] - 1)
+    code = lax.broadcasted_iota(jnp.int32, score.shape, 1)
+    score = lax.bitcast_convert_type(lax.bitcast_convert_type(score, jnp.int32) & ~last | code, F32)
+    best = jnp.max(score, axis=1)
+    second = jnp.max(jnp.where(score == best[:, None], -jnp.inf, score), axis=1)
+    return Best(best, second, first + (lax.bitcast_convert_type(best, jnp.int32) & last))
+
+
+def _first_kernel(
+    x_ref: Any,
+    book_ref: Any,
+    bias_ref: Any,
+    off_ref: Any,
+    *refs: Any,
+    tile: int,
+    n_tile: int,
+    chunk: int,
+    is_last: bool = False,
+) -> None:
+    """Codes by `Near`, and at last a list of the vectors that it leaves open.
+
+    With more inputs these are a chunk of the codes, from a first one on: better or worse than those before.
+    """
+    _, length, n_head, width = x_ref.shape
+    known_refs = refs[: len(Best._fields)] if len(refs) > 3 else ()
+    group, row = pl.program_id(0), pl.program_id(1)
+    batch, head = row // n_head, row % n_head
+    cols = columns(0, book_ref.shape[1], width)
+    start = plt.load(refs[len(known_refs)].at[head]) if known_refs else 0
+    at = pl.ds(start, chunk)
+    # Read as a product takes it: a transposition would be made anew for every tile.
+    book, bias = plt.load(book_ref.at[head, :, at]), plt.load(bias_ref.at[head, :, at])
+    ones = jnp.ones((cols[0].size, NARROW), x_ref.dtype)
+    relative, besides = (plt.load(off_ref.at[i * n_head + head]) for i in range(2))
+
+    def step(i: Any, n_open: Any) -> Any:
+        rows = tokens((group * n_tile + i) * tile, tile, length)
+        x = read_vectors(x_ref, batch, rows, head, cols)
+        # Of this tile, so that it is no constant: products with one would be kept in registers.
+        there = jnp.broadcast_to(rows[1][:, None], (tile, NARROW)).astype(bias_ref.dtype)
+        found = _best(dot(there, bias) + dot(x.astype(book.dtype), book), start)
+        if known_refs:
+            known = (plt.load(ref.at[row, rows[0]], mask=rows[1], other=0) for ref in known_refs)
+            found = Best(*known).merged(found)
+        if not is_last:
+            for ref, now in zip(refs[-3:], found, strict=True):
+                plt.store(ref.at[row, rows[0]], now, mask=rows[1])
+            return n_open
+        code_ref, list_ref, _ = refs[-3:]
+        write_numbers(code_ref, batch, rows, head, found.code)
+        square = jnp.max(dot(x * x, ones), axis=1) * SQUARE_ERROR
+        reach = jnp.sqrt(square) * relative + besides
+        is_open = (found.is_open(reach, (chunk - 1).bit_length()) & rows[1]).astype(jnp.int32)
+        each = jnp.arange(tile, dtype=jnp.int32)
+        place = jnp.where(is_open > 0, n_open + jnp.cumsum(is_open) - 1, n_tile * tile + each)
+        plt.store(list_ref.at[row, group, place], rows[0].start + each)
+        return n_open + jnp.sum(is_open)
+
+    n_open = loop(n_tile, step, jnp.int32(0))
+    if is_last:
+        plt.store(refs[-1].at[row, group], n_open)
+
+
+def _exact_kernel(
     x_ref: Any,
     part_ref: Any,
     half_ref: Any,
     *refs: Any,
     tile: int,
-    n_tile: int,
     chunk: int,
-    settles: bool = False,
+    n_tile: int | None = None,
 ) -> None:
-    """All tiles by the first terms of the codebook, or those that this left open by all terms.
-
-    With more refs the codebook is one chunk of it, whose codes are better or worse than those before.
-    """
+    """Codes by all bits of the codebook: of the listed vectors, or of `n_tile` tiles. Scores are `[C, T]`."""
+    code_ref = refs[-1]
     _, length, n_head, width = x_ref.shape
-    n_part, (n_code, n_column) = part_ref.shape[0] // n_head, part_ref.shape[1:]
+    n_code, n_column = part_ref.shape[1:]
     group, row = pl.program_id(0), pl.program_id(1)
     batch, head = row // n_head, row % n_head
-    cols = columns(0, n_column, width)
-    n_term = n_part if settles else max(n_part - 1, 1)
 
-    def book(c: Any) -> Any:
-        at = pl.ds(c * chunk, chunk)
-        parts = [plt.load(part_ref.at[p * n_head + head, at, :]) for p in range(n_term)]
-        return parts, plt.load(half_ref.at[head, at])
+    def read_book(c: Any) -> tuple[list[Array], Array]:
+        at, terms = pl.ds(c * chunk, chunk), range(part_ref.shape[0] // n_head)
+        return [plt.load(part_ref.at[p * n_head + head, at, :]) for p in terms], plt.load(
+            half_ref.at[head, at]
+        )
 
-    def best(x: Array, parts: list[Array], half: Array) -> Best:
-        score = sum((dot_t(x, part) for part in parts[1:]), dot_t(x, parts[0])) - half[None, :]
-        code = lax.argmax(score, 1, jnp.int32)
-        is_best = lax.broadcasted_iota(jnp.int32, score.shape, 1) == code[:, None]
-        return Best(jnp.max(score, axis=1), jnp.max(jnp.where(is_best, -jnp.inf, score), axis=1), code)
+    book = read_book(0) if n_code == chunk else None
 
-    whole = book(0) if n_code == chunk and not settles else None
+    def find(x: Array) -> Array:
+        def more(c: Any, known: Any) -> Any:
+            parts, half = book or read_book(c)
+            score = dot_parts(parts, [x], dot_t) - half[:, None]
+            best, code = jnp.max(score, axis=0), lax.argmax(score, 0, jnp.int32) + c * chunk
+            is_better = best > known[0]
+            return jnp.where(is_better, best, known[0]), jnp.where(is_better, code, known[1])
 
-    def find(x: Array) -> Best:
-        if n_code == chunk:
-            return best(x, *(whole or book(0)))
+        start = jnp.full((tile,), -jnp.inf, F32), jnp.zeros((tile,), jnp.int32)
+        _, code = loop(n_code // chunk, more, start)
+        finite = jnp.min((jnp.abs(x.astype(F32)) < jnp.inf).astype(jnp.int32), axis=1)
+        return jnp.where(finite > 0, code, -1)
 
-        def more(c: Any, old: Best) -> Best:
-            return old.merged(best(x, *book(c)), c * chunk)
-
-        nothing = jnp.full((tile,), -jnp.inf, F32)
-        return loop(n_code // chunk, more, Best(nothing, nothing, jnp.zeros((tile,), jnp.int32)))
-
-    first_code = plt.load(refs[1].at[head]) if len(refs) > 3 else 0
-
-    def rows_of(i: Any) -> Any:
-        return tokens((group * n_tile + i) * tile, tile, length)
-
-    def first(i: Any, carry: Any) -> Any:
-        last_ref, *before, code_ref, open_ref = refs
-        rows = rows_of(i)
-        x = read_vectors(x_ref, batch, rows, head, cols)
-        found = find(x)
-        if before:
-            _, *old, score_ref, second_ref = before
-            known = (plt.load(ref.at[row, rows[0]], mask=rows[1], other=0) for ref in old)
-            found = Best(*known).merged(found, first_code)
-            for ref, now in zip((score_ref, second_ref, code_ref), found, strict=True):
-                plt.store(ref.at[row, rows[0]], now, mask=rows[1])
-        else:
-            write_numbers(code_ref, batch, rows, head, found.code)
-        is_open = ~(jnp.abs(found.score) < jnp.inf)
-        if n_part > 1:
-            reach = jnp.sqrt(jnp.sum(x.astype(F32) ** 2, axis=1) * plt.load(last_ref.at[head]))
-            is_open = is_open | (found.score - found.second <= 2 * reach)
-        plt.store(open_ref.at[row, group * n_tile + i], jnp.max((is_open & rows[1]).astype(jnp.int32)))
+    def of_tile(i: Any, carry: Any) -> Any:
+        rows = tokens((first + i) * tile, tile, length)
+        x = read_vectors(x_ref, batch, rows, head, columns(0, n_column, width))
+        write_numbers(code_ref, batch, rows, head, find(x))
         return carry
 
-    def settle(i: Any, carry: Any) -> Any:
-        _, open_ref, code_ref = refs
+    if n_tile is not None:
+        first = group * n_tile
+        loop(n_tile, of_tile, 0)
+        return
+    list_ref, number_ref, _, _ = refs
+    n_listed = plt.load(number_ref.at[row, group])
+    column = lax.broadcasted_iota(jnp.int32, (tile, n_column), 1)
 
-        @pl.when(plt.load(open_ref.at[row, group * n_tile + i]) > 0)
-        def run() -> None:
-            rows = rows_of(i)
-            x = read_vectors(x_ref, batch, rows, head, cols)
-            finite = jnp.min((jnp.abs(x.astype(F32)) < jnp.inf).astype(jnp.int32), axis=1)
-            write_numbers(code_ref, batch, rows, head, jnp.where(finite > 0, find(x).code, -1))
-
+    def of_list(i: Any, carry: Any) -> Any:
+        entry = jnp.minimum(i * tile + jnp.arange(tile, dtype=jnp.int32), n_listed - 1)
+        token = plt.load(list_ref.at[row, group, entry])
+        at = jnp.broadcast_to(token[:, None], column.shape)
+        x = plt.load(x_ref.at[batch, at, head, jnp.minimum(column, width - 1)])
+        plt.store(code_ref.at[batch, token, head], find(jnp.where(column < width, x, jnp.zeros_like(x))))
         return carry
 
-    loop(n_tile, settle if settles else first, 0)
+    lax.fori_loop(0, pl.cdiv(n_listed, tile), of_list, 0)
 
 
 KERNELS = {"finite_codes": Kernel(finite_codes, why_not), "nearest_codes": Kernel(nearest_codes, why_not)}

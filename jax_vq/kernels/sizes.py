@@ -99,6 +99,12 @@ def n_beside(size: Size, width: int) -> int:
     return max(-(-width // size.columns) * size.n_warp // 8, 1)
 
 
+def segment_len(length: int, n_row: int, tile: int) -> int:
+    """Tokens of a segment: whole tiles."""
+    whole = -(-length // tile)
+    return -(-whole // n_segment(length, n_row, tile)) * tile
+
+
 def n_segment(length: int, n_row: int, tile: int) -> int:
     """Segments of a sequence that are worked on at once, `n_row` programs each: about one for a processor."""
     return min(max(N_PROCESSOR // n_row, 1), -(-length // tile))

@@ -12,12 +12,12 @@ subtracts the right maximum (`math.md` 2). A segment with a NaN or inf takes one
 before.
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
@@ -46,7 +46,7 @@ from jax_vq.kernels.tiles import (
     write_attention,
 )
 from jax_vq.kernels.vq_causal_f32 import causal_kernel as float32_kernel
-from jax_vq.kernels.vq_states import block_attention, block_states
+from jax_vq.kernels.vq_states import block_attention, sequence_states
 from jax_vq.kernels.vq_sums import Sums, before_segments, padded_codes, read_sums, segment_sums
 from jax_vq.kernels.vq_wide import wide_weights
 from jax_vq.ops.implementations import Kernel
@@ -57,6 +57,7 @@ from jax_vq.ops.vq_causal import causal_attention as plain_attention
 from jax_vq.ops.vq_state import Coded, VQState, coded_of
 
 MAX_RANGE = 60.0  # of scores: weights of 1e-26, and products with them, are far from the ends of float32
+N_FOLLOWED = 16  # blocks of a program that most often has nothing to do
 MAX_LENGTH = 2**24  # tokens, which float32 counts exactly
 
 
@@ -119,78 +120,109 @@ def coded_after(first: Coded, sums: Sums) -> Coded:
     return Coded(count, first.mean + drift / jnp.maximum(count, 1)[..., None].astype(F32), first.start)
 
 
-def segment_len(length: int, n_row: int, tile: int) -> int:
-    """Tokens of a segment: whole tiles."""
-    n_tile = pl.cdiv(length, tile)
-    return pl.cdiv(n_tile, sizes.n_segment(length, n_row, tile)) * tile
-
-
 def causal_attention(
     queries: Queries, keys: Keys, books: Books, state: VQState, form: Form
 ) -> tuple[Array, Array, Coded]:
     """`ops.vq_causal.causal_attention`."""
     if form.has_exact:
         return _with_window(queries, keys, books, state, form)
-    batch, length, n_key_head, width = keys.v.shape
-    n_head = queries.codes.shape[2]
     n_padded, chunk = padded_codes(books.k.shape[1])
-    is_float32 = keys.v.dtype == F32
-    size = sizes.size_of(sizes.of_values("causal", keys.v.dtype), n_padded)
-    block, n_beside = size.tile, sizes.n_beside(size, width)
-    if n_padded > chunk:
-        n_beside = 1
-        block = sizes.block_len(n_padded, batch * length * n_key_head, width * keys.v.dtype.itemsize)
-    tile = sizes.size_of(sizes.of_values("sums", keys.v.dtype), n_padded).tile
-    each = segment_len(length, batch * n_head * n_beside, max(size.tile, tile, block))
-    sums = segment_sums(keys.codes, keys.v, books.k.shape[1], each)
+    first = first_sums(coded_of(state), n_padded)
     tables = Tables.of(books, n_padded, keys.v.dtype)
-    before = before_segments(sums, first_sums(coded_of(state), n_padded))
+    run = _by_segments if n_padded == chunk else _by_blocks
+    out, lse, sums = run(queries.codes, keys, tables, first)
+    return out, lse, coded_after(coded_of(state), sums)
+
+
+def _by_segments(query_codes: Array, keys: Keys, tables: Tables, first: Sums) -> tuple[Array, Array, Sums]:
+    """Programs that follow a segment each, with the sums by code in registers."""
+    batch, length, n_key_head, width = keys.v.shape
+    n_head, n_code = tables.top.shape[0], first.numbers.shape[3]
+    size = sizes.size_of(sizes.of_values("causal", keys.v.dtype), n_code)
+    tile = sizes.size_of(sizes.of_values("sums", keys.v.dtype), n_code).tile
+    n_row = batch * n_head * sizes.n_beside(size, width)
+    each = sizes.segment_len(length, n_row, max(size.tile, tile))
+    sums = segment_sums(keys.codes, keys.v, n_code, each)
+    mode = _modes(tables, sums, n_key_head)
+    arrays = query_codes, keys.codes, keys.v, *tables[:3], *before_segments(sums, first), mode
+    results = _follow(arrays, size, padded_codes(n_code)[1], each)
+    out, lse = _follow(arrays, size, padded_codes(n_code)[1], each, results)
+    return out, lse, sums
+
+
+def _by_blocks(query_codes: Array, keys: Keys, tables: Tables, first: Sums) -> tuple[Array, Array, Sums]:
+    """The sums before each block through memory, then every tile of queries by itself."""
+    batch, length, n_key_head, width = keys.v.shape
+    n_code = first.numbers.shape[3]
+    block = sizes.block_len(n_code, batch * length * n_key_head, width * keys.v.dtype.itemsize)
+    states, sums = sequence_states(keys.codes, keys.v, first, block)
+    mode = _modes(tables, sums, n_key_head)
+    coded = query_codes, keys.codes, keys.v
+    results = block_attention(*coded, tables.weight, tables.top, states, mode, block)
+    # Heads with wide scores are left: most often there are none, so that a program goes for several blocks.
+    n_program = pl.cdiv(states.numbers.shape[2], N_FOLLOWED)
+    mode = 2 * tables.is_wide.astype(jnp.int32)[None, :, None]
+    mode = jnp.broadcast_to(mode, (batch, tables.top.shape[0], n_program))
+    arrays, size = (*coded, *tables[:3], *states, mode), sizes.size_of("causal", n_code)
+    out, lse = _follow(arrays, size, padded_codes(n_code)[1], block, results, N_FOLLOWED)
+    return out, lse, sums
+
+
+def _modes(tables: Tables, sums: Sums, n_key_head: int) -> Array:
+    """How `[B, H, S]` segments are worked on: 0; 1 with a NaN or inf; 2 in heads with wide scores."""
     is_bad = jnp.any(~jnp.isfinite(sums.vectors), axis=(-2, -1))  # [B, K, S]
-    is_bad = jnp.repeat(is_bad, n_head // n_key_head, axis=1).astype(jnp.int32)
-    mode = jnp.where(tables.is_wide[None, :, None], 2, is_bad)
+    is_bad = jnp.repeat(is_bad, tables.top.shape[0] // n_key_head, axis=1).astype(jnp.int32)
+    return jnp.where(tables.is_wide[None, :, None], 2, is_bad)
+
+
+def _follow(
+    arrays: Any, size: sizes.Size, chunk: int, each: int, results: Any = (), n_segment: int = 1
+) -> tuple[Array, Array]:
+    """Output and log-sum-exp of segments of mode 0, or with their results of all others.
+
+    Args:
+      each: tokens of a segment; the sums before each one are given.
+      n_segment: segments of a program, which have one mode.
+    """
+    query_codes, _, v = arrays[:3]
+    batch, length, n_head = query_codes.shape
+    width = v.shape[3]
     n_column = min(power_of_two(width), size.columns)
-    shapes = (
-        jax.ShapeDtypeStruct((batch, length, n_head, width), keys.v.dtype),
-        jax.ShapeDtypeStruct((batch, length, n_head), F32),
-    )
-    grid = pl.cdiv(length, each), batch * n_head, pl.cdiv(width, n_column)
     kernel = partial(
-        float32_kernel if is_float32 else _causal_kernel,
+        float32_kernel if v.dtype == F32 else _causal_kernel,
         tile=size.tile,
         n_tile=each // size.tile,
         chunk=chunk,
         n_column=n_column,
+        is_careful=bool(results),
+        **({"n_segment": n_segment} if n_segment > 1 else {}),
     )
-    coded = queries.codes, keys.codes, keys.v
-    if n_padded > chunk:
-        states = block_states(keys.codes, keys.v, before, each, block)
-        results = block_attention(*coded, tables.weight, tables.top, states, mode, block)
-        mode = jnp.where(mode == 1, 0, mode)  # those are done
-    arrays = *coded, *tables[:3], *before, mode
-    if n_padded <= chunk:
-        results = launch(kernel, shapes, grid, size.n_warp, size.n_stage)(*arrays)
-    careful = launch(
-        partial(kernel, is_careful=True), shapes, grid, size.n_warp, 1, {len(arrays): 0, len(arrays) + 1: 1}
+    shapes = (
+        jax.ShapeDtypeStruct((batch, length, n_head, width), v.dtype),
+        jax.ShapeDtypeStruct((batch, length, n_head), F32),
     )
-    return *careful(*arrays, *results), coded_after(coded_of(state), sums)
+    grid = pl.cdiv(length, each * n_segment), batch * n_head, pl.cdiv(width, n_column)
+    aliases = {len(arrays) + i: i for i in range(len(results))}
+    n_stage = 1 if results else size.n_stage
+    out, lse = launch(kernel, shapes, grid, size.n_warp, n_stage, aliases)(*arrays, *results)
+    return out, lse
 
 
 def _with_window(
     queries: Queries, keys: Keys, books: Books, state: VQState, form: Form
 ) -> tuple[Array, Array, Coded]:
     """With exact keys; of a whole sequence, so that nobody asks for the keys that later tokens see."""
-    batch, length, n_key_head, _ = keys.v.shape
-    n_code = books.k.shape[1]
-    n_padded, _ = padded_codes(n_code)
-    tile = math.lcm(sizes.size_of("sums", n_padded).tile, vq_window.spacing(form))
-    each = segment_len(length, batch * n_key_head, tile)
+    n_padded, _ = padded_codes(books.k.shape[1])
+    batch, _, n_key_head, width = keys.v.shape
+    shape = batch, n_key_head, 1, n_padded
+    nothing = Sums(jnp.zeros((*shape, width), F32), jnp.zeros(shape, F32))
     coded = keys._replace(codes=vq_window.coded_keys(keys, form))
-    sums = segment_sums(coded.codes, keys.v, n_code, each)
+    states, sums = sequence_states(coded.codes, keys.v, nothing, vq_window.spacing(form))
     tables = Tables.of(books, n_padded, keys.v.dtype)
     out, lse = lax.cond(
         jnp.any(tables.is_wide) | vq_window.is_irregular(keys, sums, form),
         lambda: plain_attention(queries, keys, books, state, form)[:2],
-        lambda: vq_window.window_attention(queries, coded, tables.weight, tables.top, sums, each, form),
+        lambda: vq_window.window_attention(queries, coded, tables.weight, tables.top, states, form),
     )
     return out, lse, coded_of(state)
 
@@ -211,6 +243,7 @@ def _causal_kernel(
     chunk: int,
     n_column: int,
     is_careful: bool = False,
+    n_segment: int = 1,
 ) -> None:
     """Segments of mode 0, or of all others: those have their own kernel, which needs more of a processor.
 
@@ -219,9 +252,9 @@ def _causal_kernel(
     out_ref, lse_ref = refs[-2:]
     length, n_head, width = out_ref.shape[1:]
     n_key_head, n_code, dtype = v_ref.shape[2], weight_ref.shape[2], v_ref.dtype
-    segment, batch, head, key_head = place_of(n_head, n_key_head)
+    program, batch, head, key_head = place_of(n_head, n_key_head)
     cols = columns(pl.program_id(2), n_column, width)
-    place, firsts = (batch, key_head, segment), range(0, n_code, chunk)
+    firsts = range(0, n_code, chunk)
     lower = lower_triangle(tile)
 
     def quick(query: Array, hots: list[Array], sums: Any) -> tuple[Array, Array, Array, Array]:
@@ -245,7 +278,7 @@ def _causal_kernel(
             total += jnp.sum(weight * count[None, :], axis=1)
         return out, total, near, top
 
-    def step(i: Any, sums: Any, contains: bool, is_wide: bool) -> Any:
+    def step(i: Any, sums: Any, segment: Any, contains: bool, is_wide: bool) -> Any:
         rows = tokens((segment * n_tile + i) * tile, tile, length)
         query = read_numbers(query_ref, batch, rows, head, 0)
         key = read_numbers(key_ref, batch, rows, key_head, -2)
@@ -267,13 +300,21 @@ def _causal_kernel(
             for hot, (value, number) in zip(hots, sums, strict=True)
         ]
 
-    mode = plt.load(mode_ref.at[batch, head, segment])
+    def follow(segment: Any, wanted: int) -> None:
+        place = batch, key_head, segment
+        sums = [read_sums(sum_ref, number_ref, place, first, chunk, cols) for first in firsts]
+        loop(n_tile, partial(step, segment=segment, contains=wanted > 0, is_wide=wanted == 2), sums)
+
+    mode = plt.load(mode_ref.at[batch, head, program])
     for wanted in (1, 2) if is_careful else (0,):
 
         @pl.when(mode == wanted)
         def run(wanted: int = wanted) -> None:
-            sums = [read_sums(sum_ref, number_ref, place, first, chunk, cols) for first in firsts]
-            loop(n_tile, partial(step, contains=wanted > 0, is_wide=wanted == 2), sums)
+            if n_segment == 1:
+                follow(program, wanted)
+            else:
+                first, last = program * n_segment, np.int32(sum_ref.shape[2] - 1)
+                loop(n_segment, lambda i, _: follow(jnp.minimum(first + i, last), wanted), None)
 
 
 KERNELS = {"causal_attention": Kernel(causal_attention, why_not)}

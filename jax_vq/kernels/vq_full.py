@@ -19,7 +19,7 @@ from jax_vq.kernels.tiles import (
     tokens,
     write_vectors,
 )
-from jax_vq.kernels.vq_causal import MAX_LENGTH, segment_len
+from jax_vq.kernels.vq_causal import MAX_LENGTH
 from jax_vq.kernels.vq_sums import segment_sums
 from jax_vq.ops.implementations import Kernel
 from jax_vq.ops.vq_blocks import Keys
@@ -43,7 +43,7 @@ def count_keys(keys: Keys, books: Books) -> Seen:
     batch, length, n_head, width = keys.v.shape
     n_code = books.k.shape[1]
     size = sizes.size_of(sizes.of_values("sums", keys.v.dtype), n_code)
-    each = segment_len(length, batch * n_head * sizes.n_beside(size, width), size.tile)
+    each = sizes.segment_len(length, batch * n_head * sizes.n_beside(size, width), size.tile)
     sums = segment_sums(keys.codes, keys.v, n_code, each)
     count = jnp.sum(sums.numbers[..., :n_code].astype(jnp.int32), axis=2, dtype=jnp.int32)
     total = jnp.sum(sums.vectors[..., :n_code, :], axis=2)

@@ -4,6 +4,7 @@ One kernel follows a segment and writes the sums by code before each block of it
 tile of queries by itself, over the sums before its block and the keys of the block.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ from jax_vq.kernels.tiles import (
     tokens,
     write_attention,
 )
-from jax_vq.kernels.vq_sums import Sums, read_sums
+from jax_vq.kernels.vq_sums import Sums, before_segments, read_sums, segment_sums
 
 
 class States(NamedTuple):
@@ -45,6 +46,42 @@ class States(NamedTuple):
 
     vectors: Array  # [B, K, N, C, V] in the dtype of v
     numbers: Array  # [B, K, N, C] float32
+
+
+def sequence_states(
+    codes: Array,
+    v: Array,
+    first: Sums,
+    block: int,
+    weights: Array | None = None,
+    numbers: Array | None = None,
+    *,
+    is_gradient: bool = False,
+) -> tuple[States, Sums]:
+    """`block_states` of as many segments as leave a program for each processor, and the sums of each.
+
+    Sums by segment are found first only where there are several.
+
+    Args:
+      first: sums before the sequence, as one segment; with weights, after it.
+    """
+    batch, length, n_head, width = v.shape
+    n_code = first.numbers.shape[3]
+    size = _size_of(n_code, is_gradient)
+    n_program = batch * n_head * pl.cdiv(n_code, size.chunk) * pl.cdiv(width, size.columns)
+    each = sizes.segment_len(length, n_program, math.lcm(block, sizes.size_of("sums", n_code).tile))
+    before = first
+    if each < length:
+        sums = segment_sums(codes, v, n_code, each, weights, numbers)
+        before = before_segments(sums, first, is_reverse=weights is not None)
+    states, last = block_states(codes, v, before, each, block, weights, numbers, is_gradient=is_gradient)
+    if each >= length:
+        sums = Sums(*(total - start for total, start in zip(last, first, strict=True)))
+    return states, sums
+
+
+def _size_of(n_code: int, is_gradient: bool) -> sizes.Size:
+    return sizes.size_of("grad_states" if is_gradient else "states", n_code)
 
 
 def block_states(
@@ -57,10 +94,11 @@ def block_states(
     numbers: Array | None = None,
     *,
     is_gradient: bool = False,
-) -> States:
-    """The sums before every block of `block` tokens, a multiple of 16.
+) -> tuple[States, Sums]:
+    """The sums before every block of `block` tokens, a multiple of 16, and after every segment.
 
-    With weights, of `weights * v` and `weights * numbers` over the tokens after every block instead.
+    With weights, of `weights * v` and `weights * numbers` over the tokens after every block instead, and
+    before every segment.
 
     Args:
       codes: int32 `[B, T, K]`; a token of code -1 makes all later sums NaN.
@@ -72,7 +110,7 @@ def block_states(
     """
     batch, _, n_head, width = v.shape
     n_segment, n_code = before.numbers.shape[2:]
-    size = sizes.size_of("grad_states" if is_gradient else "states", n_code)
+    size = _size_of(n_code, is_gradient)
     tile, chunk = min(size.tile, block & -block), min(size.chunk, n_code)
     n_block, n_column = segment_len // block, min(power_of_two(width), size.columns)
     kernel = partial(
@@ -86,10 +124,14 @@ def block_states(
         is_gradient=is_gradient,
     )
     shape = batch, n_head, n_segment * n_block, n_code
-    shapes = States(jax.ShapeDtypeStruct((*shape, width), v.dtype), jax.ShapeDtypeStruct(shape, F32))
+    shapes = (
+        *(jax.ShapeDtypeStruct((*shape, width), v.dtype), jax.ShapeDtypeStruct(shape, F32)),
+        *(jax.ShapeDtypeStruct(x.shape, F32) for x in before),
+    )
     grid = n_segment, batch * n_head, (n_code // chunk) * pl.cdiv(width, n_column)
     more = () if weights is None else (weights, numbers)
-    return States(*launch(kernel, shapes, grid, size.n_warp, size.n_stage)(codes, v, *more, *before))
+    found = launch(kernel, shapes, grid, size.n_warp, size.n_stage)(codes, v, *more, *before)
+    return States(*found[:2]), Sums(*found[2:])
 
 
 def _states_kernel(
@@ -104,7 +146,7 @@ def _states_kernel(
     has_weights: bool,
     is_gradient: bool,
 ) -> None:
-    *more_refs, sum_ref, number_ref, state_ref, count_ref = refs
+    *more_refs, sum_ref, number_ref, state_ref, count_ref, last_sum_ref, last_number_ref = refs
     _, length, n_head, width = v_ref.shape
     segment, batch, head, _ = place_of(n_head, n_head)
     n_part = pl.cdiv(width, n_column)
@@ -114,6 +156,11 @@ def _states_kernel(
     there = None if cols[1] is None else jnp.broadcast_to(cols[1][None, :], (chunk, n_column))
     dtype = v_ref.dtype
 
+    def write(value_ref: Any, count_ref: Any, here: Any, total: Array, number: Array) -> None:
+        plt.store(value_ref.at[batch, head, here, at, cols[0]], total, mask=there)
+        count = jnp.sum(number, axis=1) if has_weights else jnp.max(number, axis=1)
+        plt.store(count_ref.at[batch, head, here, at], count)
+
     def step(i: Any, sums: Any) -> Any:
         total, number = sums
         now = n_block * n_tile - 1 - i if has_weights else i
@@ -121,9 +168,7 @@ def _states_kernel(
         @pl.when(lax.rem(i, lax.full_like(i, n_tile)) == 0)
         def keep() -> None:
             here = segment * n_block + lax.div(now, lax.full_like(i, n_tile))
-            plt.store(state_ref.at[batch, head, here, at, cols[0]], total.astype(dtype), mask=there)
-            of_code = jnp.sum(number, axis=1) if has_weights else jnp.max(number, axis=1)
-            plt.store(count_ref.at[batch, head, here, at], of_code)
+            write(state_ref, count_ref, here, total.astype(dtype), number)
 
         rows = tokens((segment * n_block * n_tile + now) * tile, tile, length)
         code = read_numbers(code_ref, batch, rows, head, -2)
@@ -140,7 +185,8 @@ def _states_kernel(
     total, number = read_sums(sum_ref, number_ref, (batch, head, segment), first, chunk, cols)
     if has_weights:
         number = jnp.where(lax.broadcasted_iota(jnp.int32, number.shape, 1) == 0, number, 0.0)
-    loop(n_block * n_tile, step, (total, number))
+    total, number = loop(n_block * n_tile, step, (total, number))
+    write(last_sum_ref, last_number_ref, segment, total, number)
 
 
 def read_values(

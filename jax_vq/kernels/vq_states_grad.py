@@ -39,8 +39,7 @@ from jax_vq.kernels.tiles import (
     tokens,
     write_vectors,
 )
-from jax_vq.kernels.vq_causal import segment_len
-from jax_vq.kernels.vq_states import States, block_states, read_values
+from jax_vq.kernels.vq_states import read_values, sequence_states
 from jax_vq.kernels.vq_sums import Sums, before_segments, segment_sums
 from jax_vq.ops.numerics import read_chunk, scan_chunks, write_chunk
 from jax_vq.ops.vq_blocks import Keys
@@ -103,8 +102,8 @@ def _part_gradients(
     query_codes, d_out, share, delta, key_codes, v = tokenwise
     batch, length, n_head, value_width = d_out.shape
     size = sizes.size_of("grad_blocks", max(books[0].shape[1:]))
-    earlier = _states(key_codes, v, before, size.tile)
-    later = _states(query_codes, d_out, after, size.tile, share, delta)
+    earlier, _ = sequence_states(key_codes, v, before, size.tile, is_gradient=True)
+    later, _ = sequence_states(query_codes, d_out, after, size.tile, share, delta, is_gradient=True)
     run = launch(
         partial(_gradient_kernel, tile=size.tile, chunk=size.chunk),
         tuple(jax.ShapeDtypeStruct((batch, length, n_head, n), v.dtype) for n in (width, width, value_width)),
@@ -114,31 +113,6 @@ def _part_gradients(
     )
     d_q, d_k, d_v = run(*tokenwise, *books, *earlier, *later)
     return d_q, d_k, d_v
-
-
-def _states(
-    codes: Array,
-    vectors: Array,
-    first: Sums,
-    block: int,
-    weights: Array | None = None,
-    numbers: Array | None = None,
-) -> States:
-    """`block_states` of as many segments as leave a program for each processor.
-
-    Args:
-      first: sums where the first segment starts; with weights, where the last one ends.
-    """
-    batch, length, n_head, width = vectors.shape
-    n_code = first.numbers.shape[3]
-    size = sizes.size_of("grad_states", n_code)
-    n_program = batch * n_head * pl.cdiv(n_code, size.chunk) * pl.cdiv(width, size.columns)
-    each = segment_len(length, n_program, max(block, sizes.size_of("sums", n_code).tile))
-    before = first
-    if each < length:
-        sums = segment_sums(codes, vectors, n_code, each, weights, numbers)
-        before = before_segments(sums, first, is_reverse=weights is not None)
-    return block_states(codes, vectors, before, each, block, weights, numbers, is_gradient=True)
 
 
 def _gradient_kernel(

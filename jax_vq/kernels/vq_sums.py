@@ -95,18 +95,12 @@ def read_sums(
     if cols[1] is not None:
         there = jnp.broadcast_to(cols[1][None, :], (size, cols[0].size))
     total = plt.load(ref) if there is None else plt.load(ref, mask=there, other=0)
-    return total, as_columns(plt.load(number_ref.at[*place, at]))
+    return total.astype(F32), as_columns(plt.load(number_ref.at[*place, at]))
 
 
-def before_segments(sums: Sums, first: Sums | None, *, is_reverse: bool = False) -> Sums:
+def before_segments(sums: Sums, first: Sums, *, is_reverse: bool = False) -> Sums:
     """The sums over all earlier segments, or later ones, and `first` (of S = 1)."""
-
-    def scan(x: Array, start: Array | None) -> Array:
-        total = _exclusive(x, is_reverse)
-        return total if start is None else total + start
-
-    start = (None, None) if first is None else first
-    return Sums(*(scan(x, s) for x, s in zip(sums, start, strict=True)))
+    return Sums(*(_exclusive(x, is_reverse) + start for x, start in zip(sums, first, strict=True)))
 
 
 def _exclusive(x: Array, is_reverse: bool) -> Array:

@@ -31,8 +31,8 @@ from jax_vq.kernels.tiles import (
     tokens,
     write_attention,
 )
-from jax_vq.kernels.vq_states import block_states, read_state
-from jax_vq.kernels.vq_sums import Sums, before_segments
+from jax_vq.kernels.vq_states import States, read_state
+from jax_vq.kernels.vq_sums import Sums
 from jax_vq.ops.vq_blocks import Form, Keys
 from jax_vq.ops.vq_causal import Queries
 
@@ -79,21 +79,20 @@ def is_irregular(keys: Keys, sums: Sums, form: Form) -> Array:
 
 
 def window_attention(
-    queries: Queries, keys: Keys, weight: Array, top: Array, sums: Sums, segment_len: int, form: Form
+    queries: Queries, keys: Keys, weight: Array, top: Array, states: States, form: Form
 ) -> tuple[Array, Array]:
     """Output and log-sum-exp, where nothing `is_irregular`.
 
     Args:
       keys: their codes are `coded_keys`.
       weight: `[H, Cq, C]`, top: `[H, Cq]`, of `vq_causal.Tables`.
-      sums: of every segment of `segment_len` tokens, a multiple of `spacing`, without the sinks.
+      states: before every `spacing(form)` tokens, without the sinks.
     """
-    before, step = before_segments(sums, None), spacing(form)
-    states = block_states(keys.codes, keys.v, before, segment_len, step)
     batch, length, n_head = queries.codes.shape
     width, n_code = keys.v.shape[3], weight.shape[2]
     size = sizes.size_of("window", n_code)
     n_column = min(power_of_two(width), size.columns)
+    step = spacing(form)
     tile = min(size.tile, step & -step)
     kernel = partial(
         _window_kernel, form=form, tile=tile, chunk=min(size.chunk, n_code), n_column=n_column, step=step
