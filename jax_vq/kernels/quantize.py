@@ -35,7 +35,7 @@ SQUARE_ERROR = 1.01  # of a bfloat16 square, more than it is off
 F16_STEP = 2.0**-24  # between the least float16 numbers
 
 
-BRIEF = 8  # tiles of a program times chunks of codes, under which nothing is gained by a float16 codebook
+BRIEF = 4  # tiles of a program times chunks of codes, up to which a float16 codebook gains nothing
 
 
 class Whole(NamedTuple):
@@ -96,7 +96,7 @@ def finite_codes(x: Array, codebook: Array) -> Array:
     n_chunk, n_tile = pl.cdiv(n_code, chunk), sizes.n_tile(length, n_row, size.tile)
     whole = Whole.of(codebook, n_chunk * chunk)
     codes = jax.ShapeDtypeStruct((batch, length, n_head), jnp.int32)
-    if n_chunk * n_tile < BRIEF:
+    if n_chunk * n_tile <= BRIEF:
         every = sizes.size_of("every_code", n_code)
         kernel = partial(_exact_kernel, tile=every.tile, chunk=min(chunk, every.chunk), n_tile=n_tile)
         grid = pl.cdiv(pl.cdiv(length, every.tile), n_tile), n_row
