@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jax_vq
-from jax_vq.kernels import quantize, sizes, tiles, vq_states_grad
+from jax_vq.kernels import quantize, sizes, tiles, vq_causal, vq_states_grad
 from jax_vq.kernels.vq_states_grad import RowData
 from jax_vq.kernels.vq_sums import Sums
 from jax_vq.ops.vq_blocks import Keys
@@ -293,6 +293,18 @@ def test_huge_scores(is_causal: bool) -> None:
     assert_gradient_close(found.v, targets.v, "bfloat16")
     out = run(inputs, "float32", **options)
     assert_close(out, vq_oracle.vq_attention(*inputs[:5], **options), "float32")
+
+
+@pytest.mark.usefixtures("two_segments")
+@pytest.mark.parametrize("n_code, n_followed", [(19, 1), (139, 1), (139, 2)])
+def test_wide_scores_of_many_blocks(n_code: int, n_followed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights relative to the largest score of a code would underflow; of four blocks, the last is short."""
+    monkeypatch.setattr(vq_causal, "N_FOLLOWED", n_followed)
+    inputs, scale = inputs_of(q_len=421, n_head=2, n_code_q=n_code, n_code_k=n_code), 40.0
+    score = scale * np.einsum("hqd,hkd->hqk", inputs.codebook_q, inputs.codebook_k)
+    assert np.ptp(score, axis=2).max() > 2 * vq_causal.MAX_RANGE
+    expected = vq_oracle.vq_attention(*inputs[:5], is_causal=True, scale=scale)
+    assert_close(run(inputs, scale=scale), expected, "bfloat16")
 
 
 def huge_scores() -> Inputs:

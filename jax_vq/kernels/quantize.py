@@ -33,8 +33,6 @@ MANTISSA = 23  # bits of a float32 number
 ROUNDING = 2.0**-20  # of a sum that a tensor core adds up, more than it is off
 SQUARE_ERROR = 1.01  # of a bfloat16 square, more than it is off
 F16_STEP = 2.0**-24  # between the least float16 numbers
-
-
 BRIEF = 4  # tiles of a program times chunks of codes, up to which a float16 codebook gains nothing
 
 
