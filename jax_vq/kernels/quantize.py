@@ -266,10 +266,9 @@ def _exact_kernel(
     batch, head = row // n_head, row % n_head
 
     def read_book(c: Any) -> tuple[list[Array], Array]:
-        at, terms = pl.ds(c * chunk, chunk), range(part_ref.shape[0] // n_head)
-        return [plt.load(part_ref.at[p * n_head + head, at, :]) for p in terms], plt.load(
-            half_ref.at[head, at]
-        )
+        at, n_part = pl.ds(c * chunk, chunk), part_ref.shape[0] // n_head
+        parts = [plt.load(part_ref.at[p * n_head + head, at, :]) for p in range(n_part)]
+        return parts, plt.load(half_ref.at[head, at])
 
     book = read_book(0) if n_code == chunk else None
 
@@ -286,14 +285,15 @@ def _exact_kernel(
         finite = jnp.min((jnp.abs(x.astype(F32)) < jnp.inf).astype(jnp.int32), axis=1)
         return jnp.where(finite > 0, code, -1)
 
-    def of_tile(i: Any, carry: Any) -> Any:
-        rows = tokens((first + i) * tile, tile, length)
-        x = read_vectors(x_ref, batch, rows, head, columns(0, n_column, width))
-        write_numbers(code_ref, batch, rows, head, find(x))
-        return carry
-
     if n_tile is not None:
         first = group * n_tile
+
+        def of_tile(i: Any, carry: Any) -> Any:
+            rows = tokens((first + i) * tile, tile, length)
+            x = read_vectors(x_ref, batch, rows, head, columns(0, n_column, width))
+            write_numbers(code_ref, batch, rows, head, find(x))
+            return carry
+
         loop(n_tile, of_tile, 0)
         return
     list_ref, number_ref, _, _ = refs

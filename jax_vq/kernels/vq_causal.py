@@ -46,7 +46,7 @@ from jax_vq.kernels.tiles import (
     write_attention,
 )
 from jax_vq.kernels.vq_causal_f32 import causal_kernel as float32_kernel
-from jax_vq.kernels.vq_states import block_attention, sequence_states
+from jax_vq.kernels.vq_states import block_attention, block_states
 from jax_vq.kernels.vq_sums import Sums, before_segments, padded_codes, read_sums, segment_sums
 from jax_vq.kernels.vq_wide import wide_weights
 from jax_vq.ops.implementations import Kernel
@@ -155,7 +155,7 @@ def _by_blocks(query_codes: Array, keys: Keys, tables: Tables, first: Sums) -> t
     batch, length, n_key_head, width = keys.v.shape
     n_code = first.numbers.shape[3]
     block = sizes.block_len(n_code, batch * length * n_key_head, width * keys.v.dtype.itemsize)
-    states, sums = sequence_states(keys.codes, keys.v, first, block)
+    states, sums = block_states(keys.codes, keys.v, first, block)
     mode = _modes(tables, sums, n_key_head)
     coded = query_codes, keys.codes, keys.v
     results = block_attention(*coded, tables.weight, tables.top, states, mode, block)
@@ -164,7 +164,7 @@ def _by_blocks(query_codes: Array, keys: Keys, tables: Tables, first: Sums) -> t
     mode = 2 * tables.is_wide.astype(jnp.int32)[None, :, None]
     mode = jnp.broadcast_to(mode, (batch, tables.top.shape[0], n_program))
     arrays, size = (*coded, *tables[:3], *states, mode), sizes.size_of("causal", n_code)
-    out, lse = _follow(arrays, size, padded_codes(n_code)[1], block, results, N_FOLLOWED)
+    out, lse = _follow(arrays, size, padded_codes(n_code)[1], block, results)
     return out, lse, sums
 
 
@@ -175,14 +175,12 @@ def _modes(tables: Tables, sums: Sums, n_key_head: int) -> Array:
     return jnp.where(tables.is_wide[None, :, None], 2, is_bad)
 
 
-def _follow(
-    arrays: Any, size: sizes.Size, chunk: int, each: int, results: Any = (), n_segment: int = 1
-) -> tuple[Array, Array]:
+def _follow(arrays: Any, size: sizes.Size, chunk: int, each: int, results: Any = ()) -> tuple[Array, Array]:
     """Output and log-sum-exp of segments of mode 0, or with their results of all others.
 
     Args:
+      arrays: of a kernel; the last one, modes, is of its programs, which follow equal numbers of segments.
       each: tokens of a segment; the sums before each one are given.
-      n_segment: segments of a program, which have one mode.
     """
     query_codes, _, v = arrays[:3]
     batch, length, n_head = query_codes.shape
@@ -195,13 +193,12 @@ def _follow(
         chunk=chunk,
         n_column=n_column,
         is_careful=bool(results),
-        **({"n_segment": n_segment} if n_segment > 1 else {}),
     )
     shapes = (
         jax.ShapeDtypeStruct((batch, length, n_head, width), v.dtype),
         jax.ShapeDtypeStruct((batch, length, n_head), F32),
     )
-    grid = pl.cdiv(length, each * n_segment), batch * n_head, pl.cdiv(width, n_column)
+    grid = arrays[-1].shape[2], batch * n_head, pl.cdiv(width, n_column)
     aliases = {len(arrays) + i: i for i in range(len(results))}
     n_stage = 1 if results else size.n_stage
     out, lse = launch(kernel, shapes, grid, size.n_warp, n_stage, aliases)(*arrays, *results)
@@ -217,7 +214,7 @@ def _with_window(
     shape = batch, n_key_head, 1, n_padded
     nothing = Sums(jnp.zeros((*shape, width), F32), jnp.zeros(shape, F32))
     coded = keys._replace(codes=vq_window.coded_keys(keys, form))
-    states, sums = sequence_states(coded.codes, keys.v, nothing, vq_window.spacing(form))
+    states, sums = block_states(coded.codes, keys.v, nothing, vq_window.spacing(form))
     tables = Tables.of(books, n_padded, keys.v.dtype)
     out, lse = lax.cond(
         jnp.any(tables.is_wide) | vq_window.is_irregular(keys, sums, form),
@@ -243,7 +240,6 @@ def _causal_kernel(
     chunk: int,
     n_column: int,
     is_careful: bool = False,
-    n_segment: int = 1,
 ) -> None:
     """Segments of mode 0, or of all others: those have their own kernel, which needs more of a processor.
 
@@ -254,7 +250,7 @@ def _causal_kernel(
     n_key_head, n_code, dtype = v_ref.shape[2], weight_ref.shape[2], v_ref.dtype
     program, batch, head, key_head = place_of(n_head, n_key_head)
     cols = columns(pl.program_id(2), n_column, width)
-    firsts = range(0, n_code, chunk)
+    firsts, n_segment = range(0, n_code, chunk), pl.cdiv(sum_ref.shape[2], mode_ref.shape[2])
     lower = lower_triangle(tile)
 
     def quick(query: Array, hots: list[Array], sums: Any) -> tuple[Array, Array, Array, Array]:

@@ -48,7 +48,7 @@ class States(NamedTuple):
     numbers: Array  # [B, K, N, C] float32
 
 
-def sequence_states(
+def block_states(
     codes: Array,
     v: Array,
     first: Sums,
@@ -58,61 +58,33 @@ def sequence_states(
     *,
     is_gradient: bool = False,
 ) -> tuple[States, Sums]:
-    """`block_states` of as many segments as leave a program for each processor, and the sums of each.
+    """The sums before every block of `block` tokens, a multiple of 16, and those of every segment.
 
-    Sums by segment are found first only where there are several.
+    With weights, of `weights * v` and `weights * numbers` over the tokens after every block instead.
 
-    Args:
-      first: sums before the sequence, as one segment; with weights, after it.
-    """
-    batch, length, n_head, width = v.shape
-    n_code = first.numbers.shape[3]
-    size = _size_of(n_code, is_gradient)
-    n_program = batch * n_head * pl.cdiv(n_code, size.chunk) * pl.cdiv(width, size.columns)
-    each = sizes.segment_len(length, n_program, math.lcm(block, sizes.size_of("sums", n_code).tile))
-    before = first
-    if each < length:
-        sums = segment_sums(codes, v, n_code, each, weights, numbers)
-        before = before_segments(sums, first, is_reverse=weights is not None)
-    states, last = block_states(codes, v, before, each, block, weights, numbers, is_gradient=is_gradient)
-    if each >= length:
-        sums = Sums(*(total - start for total, start in zip(last, first, strict=True)))
-    return states, sums
-
-
-def _size_of(n_code: int, is_gradient: bool) -> sizes.Size:
-    return sizes.size_of("grad_states" if is_gradient else "states", n_code)
-
-
-def block_states(
-    codes: Array,
-    v: Array,
-    before: Sums,
-    segment_len: int,
-    block: int,
-    weights: Array | None = None,
-    numbers: Array | None = None,
-    *,
-    is_gradient: bool = False,
-) -> tuple[States, Sums]:
-    """The sums before every block of `block` tokens, a multiple of 16, and after every segment.
-
-    With weights, of `weights * v` and `weights * numbers` over the tokens after every block instead, and
-    before every segment.
+    There are as many segments as leave a program for each processor; sums by segment are found first only
+    where there are several.
 
     Args:
       codes: int32 `[B, T, K]`; a token of code -1 makes all later sums NaN.
       v: `[B, T, K, V]`.
-      before: of every segment; with weights, the sums after it.
-      segment_len: tokens of a segment, a multiple of the block.
+      first: sums before the sequence, as one segment; with weights, after it.
       weights, numbers: float32 `[B, T, K]`.
       is_gradient: a token of code -1 adds nothing; other sizes of tiles.
     """
-    batch, _, n_head, width = v.shape
-    n_segment, n_code = before.numbers.shape[2:]
-    size = _size_of(n_code, is_gradient)
+    batch, length, n_head, width = v.shape
+    n_code = first.numbers.shape[3]
+    size = sizes.size_of("grad_states" if is_gradient else "states", n_code)
     tile, chunk = min(size.tile, block & -block), min(size.chunk, n_code)
-    n_block, n_column = segment_len // block, min(power_of_two(width), size.columns)
+    n_column = min(power_of_two(width), size.columns)
+    n_part = pl.cdiv(n_code, chunk) * pl.cdiv(width, n_column)
+    step = math.lcm(block, sizes.size_of("sums", n_code).tile)
+    each = sizes.segment_len(length, batch * n_head * n_part, step)
+    before = first
+    if each < length:
+        sums = segment_sums(codes, v, n_code, each, weights, numbers)
+        before = before_segments(sums, first, is_reverse=weights is not None)
+    n_segment, n_block = before.numbers.shape[2], each // block
     kernel = partial(
         _states_kernel,
         tile=tile,
@@ -128,10 +100,12 @@ def block_states(
         *(jax.ShapeDtypeStruct((*shape, width), v.dtype), jax.ShapeDtypeStruct(shape, F32)),
         *(jax.ShapeDtypeStruct(x.shape, F32) for x in before),
     )
-    grid = n_segment, batch * n_head, (n_code // chunk) * pl.cdiv(width, n_column)
+    run = launch(kernel, shapes, (n_segment, batch * n_head, n_part), size.n_warp, size.n_stage)
     more = () if weights is None else (weights, numbers)
-    found = launch(kernel, shapes, grid, size.n_warp, size.n_stage)(codes, v, *more, *before)
-    return States(*found[:2]), Sums(*found[2:])
+    *states, last_sum, last_number = run(codes, v, *more, *before)
+    if each >= length:
+        sums = Sums(last_sum - first.vectors, last_number - first.numbers)
+    return States(*states), sums
 
 
 def _states_kernel(

@@ -39,7 +39,7 @@ from jax_vq.kernels.tiles import (
     tokens,
     write_vectors,
 )
-from jax_vq.kernels.vq_states import read_values, sequence_states
+from jax_vq.kernels.vq_states import block_states, read_values
 from jax_vq.kernels.vq_sums import Sums, before_segments, segment_sums
 from jax_vq.ops.numerics import read_chunk, scan_chunks, write_chunk
 from jax_vq.ops.vq_blocks import Keys
@@ -102,8 +102,8 @@ def _part_gradients(
     query_codes, d_out, share, delta, key_codes, v = tokenwise
     batch, length, n_head, value_width = d_out.shape
     size = sizes.size_of("grad_blocks", max(books[0].shape[1:]))
-    earlier, _ = sequence_states(key_codes, v, before, size.tile, is_gradient=True)
-    later, _ = sequence_states(query_codes, d_out, after, size.tile, share, delta, is_gradient=True)
+    earlier, _ = block_states(key_codes, v, before, size.tile, is_gradient=True)
+    later, _ = block_states(query_codes, d_out, after, size.tile, share, delta, is_gradient=True)
     run = launch(
         partial(_gradient_kernel, tile=size.tile, chunk=size.chunk),
         tuple(jax.ShapeDtypeStruct((batch, length, n_head, n), v.dtype) for n in (width, width, value_width)),
