@@ -206,13 +206,14 @@ def test_codes_of_vectors_out_of_the_range_of_float16(size: float) -> None:
 
 
 @pytest.mark.usefixtures("n_tile")
-def test_codes_that_float16_puts_in_another_order() -> None:
+@pytest.mark.parametrize("n_between", [0, 140])  # codes: more than a chunk
+def test_codes_that_float16_puts_in_another_order(n_between: int) -> None:
     """Of two codes the better one loses by what float16 makes of the codes, or of tiny vectors."""
     half, step = np.ones(8), 2.0**-10  # between float16 numbers from 1 on
     good = 1 + step * np.r_[0.45 * half, 0.45 * half]  # rounds to 1 each
     bad = 1 + step * np.r_[0.55 * half, 0.3 * half]  # half of it rounds up
-    found = codes_of(np.full((1, 190, 1, 16), 3.0), np.stack([bad, good, -good])[None].astype(np.float32))
-    assert (found == 1).all()
+    codebook = np.stack([bad, *[-good] * n_between, good, -good])[None].astype(np.float32)
+    assert (codes_of(np.full((1, 190, 1, 16), 3.0), codebook) == 1 + n_between).all()
     x = 2.0**-24 * np.r_[93 / 64 * half, 99 / 64 * half[:4], 80 / 64 * half[:4]]  # rounds to 1; 2 and 1 steps
     codebook = np.float32(2.0**-10) * np.stack([np.r_[-half, half], np.r_[half, -half], np.r_[-half, -half]])
     assert (codes_of(np.tile(x, (1, 190, 1, 1)), codebook[None]) == 1).all()
