@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from bench import host, measure
 from bench.job import WINDOW_SINKS, Job
 from bench.on_jax import Backend
-from jax_vq.kernels import quantize, sizes, vq_causal, vq_causal_grad, vq_full, vq_sums
+from jax_vq.kernels import quantize, sizes, vq_causal, vq_causal_grad, vq_full, vq_sums, vq_tables
 from jax_vq.kernels.sizes import Row, Size
 from jax_vq.kernels.tiles import power_of_two
 from jax_vq.ops.vq_blocks import Form, Keys
@@ -145,7 +145,7 @@ def _causal(form: Form, queries: Queries, keys: Keys, books: Books, state: Any) 
 
 
 def _gradients(queries: Queries, keys: Keys, books: Books, state: Any, out: Any, lse: Any, d_out: Any) -> Any:
-    tables = vq_causal.Tables.of(books, vq_sums.padded_codes(books.k.shape[1])[0], keys.v.dtype)
+    tables = vq_tables.Tables.of(books, vq_sums.padded_codes(books.k.shape[1])[0], keys.v.dtype)
     arrays = queries, keys, books, state, tables, out, lse, d_out, jnp.zeros_like(lse)
     found = vq_causal_grad.narrow_gradients(*arrays)
     return found.q, found.k, found.v

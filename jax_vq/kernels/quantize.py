@@ -17,9 +17,9 @@ from jax_vq.kernels.tiles import (
     columns,
     dot,
     dot_parts,
-    dot_t,
     launch,
     loop,
+    parts_of,
     power_of_two,
     read_vectors,
     tokens,
@@ -33,21 +33,7 @@ MANTISSA = 23  # bits of a float32 number
 ROUNDING = 2.0**-20  # of a sum that a tensor core adds up, more than it is off
 SQUARE_ERROR = 1.01  # of a bfloat16 square, more than it is off
 F16_STEP = 2.0**-24  # between the least float16 numbers
-BRIEF = 4  # tiles of a program times chunks of codes, up to which a float16 codebook gains nothing
-
-
-class Whole(NamedTuple):
-    """All bits of a codebook; codes and D are padded."""
-
-    parts: Array  # [N * H, C, D] bfloat16 that sum to it
-    half: Array  # [H, C] float32, `|c|^2 / 2`
-
-    @classmethod
-    def of(cls, codebook: Array, n_padded: int) -> "Whole":
-        book = _padded(codebook, n_padded)
-        half = jnp.sum(book**2, axis=-1) / 2
-        half = jnp.where(jnp.arange(n_padded) < codebook.shape[1], half, UNUSED)
-        return cls(jnp.concatenate(split(book, 1 if codebook.dtype == jnp.bfloat16 else N_PART)), half)
+BRIEF = 2**19  # vectors times chunks of codes, up to which a float16 codebook gains nothing
 
 
 class Near(NamedTuple):
@@ -58,8 +44,10 @@ class Near(NamedTuple):
     off: Array  # [2 * H] float32: how far a score is off at most, relative to |x| and besides
 
     @classmethod
-    def of(cls, codebook: Array, half: Array) -> "Near":
-        book = _padded(codebook, half.shape[1])
+    def of(cls, codebook: Array, n_padded: int) -> "Near":
+        book = _padded(codebook.astype(F32), n_padded)
+        half = jnp.sum(book**2, axis=-1) / 2
+        half = jnp.where(jnp.arange(n_padded) < codebook.shape[1], half, UNUSED)
         near = lax.reduce_precision(book, exponent_bits=5, mantissa_bits=10)  # a cast to and fro would vanish
         square = jnp.where(half == UNUSED, 0, 2 * half)
         rest = jnp.sum((book - near) ** 2, axis=-1)
@@ -73,9 +61,9 @@ class Near(NamedTuple):
 
 
 def _padded(codebook: Array, n_padded: int) -> Array:
-    """Float32 `[H, C, D]` with zeros for the codes and features that are added."""
+    """`[H, C, D]` with zeros for the codes and features that are added."""
     _, n_code, width = codebook.shape
-    return jnp.pad(codebook.astype(F32), ((0, 0), (0, n_padded - n_code), (0, power_of_two(width) - width)))
+    return jnp.pad(codebook, ((0, 0), (0, n_padded - n_code), (0, power_of_two(width) - width)))
 
 
 def finite_codes(x: Array, codebook: Array) -> Array:
@@ -91,15 +79,17 @@ def finite_codes(x: Array, codebook: Array) -> Array:
     n_code, n_row = codebook.shape[1], batch * n_head
     size = sizes.size_of("codes", n_code)
     chunk = min(power_of_two(n_code), size.chunk)
-    n_chunk, n_tile = pl.cdiv(n_code, chunk), sizes.n_tile(length, n_row, size.tile)
-    whole = Whole.of(codebook, n_chunk * chunk)
+    n_chunk = pl.cdiv(n_code, chunk)
+    whole = jnp.swapaxes(_padded(codebook, n_chunk * chunk), 1, 2)
     codes = jax.ShapeDtypeStruct((batch, length, n_head), jnp.int32)
-    if n_chunk * n_tile <= BRIEF:
+    if n_chunk * length * n_row <= BRIEF:
         every = sizes.size_of("every_code", n_code)
-        kernel = partial(_exact_kernel, tile=every.tile, chunk=min(chunk, every.chunk), n_tile=n_tile)
+        n_tile = sizes.n_tile_resident(length, n_row, every.tile)
+        kernel = partial(_exact_kernel, tile=every.tile, chunk=chunk, n_code=n_code, n_tile=n_tile)
         grid = pl.cdiv(pl.cdiv(length, every.tile), n_tile), n_row
-        return launch(kernel, codes, grid, every.n_warp, every.n_stage)(x, *whole)
-    near = Near.of(codebook, whole.half)
+        return launch(kernel, codes, grid, every.n_warp, every.n_stage)(x, whole)
+    near = Near.of(codebook, n_chunk * chunk)
+    n_tile = sizes.n_tile(length, n_row, size.tile)
     grid = pl.cdiv(pl.cdiv(length, size.tile), n_tile), n_row
     listed = (
         jax.ShapeDtypeStruct((n_row, grid[0], (n_tile + 1) * size.tile), jnp.int32),
@@ -110,8 +100,8 @@ def finite_codes(x: Array, codebook: Array) -> Array:
     find = launch(partial(kernel, is_last=True), (codes, *listed), grid, *how)
     found = find(x, *near, *known)
     few = sizes.size_of("settle", n_code)
-    settle = partial(_exact_kernel, tile=few.tile, chunk=min(chunk, few.chunk))
-    return launch(settle, codes, grid, few.n_warp, few.n_stage, {5: 0})(x, *whole, *found[1:], found[0])
+    settle = partial(_exact_kernel, tile=few.tile, chunk=min(chunk, few.chunk), n_code=n_code)
+    return launch(settle, codes, grid, few.n_warp, few.n_stage, {4: 0})(x, whole, *found[1:], found[0])
 
 
 def _best_of_all_but_the_last(
@@ -251,37 +241,41 @@ def _first_kernel(
 
 def _exact_kernel(
     x_ref: Any,
-    part_ref: Any,
-    half_ref: Any,
+    book_ref: Any,
     *refs: Any,
     tile: int,
     chunk: int,
+    n_code: int,
     n_tile: int | None = None,
 ) -> None:
-    """Codes by all bits of the codebook: of the listed vectors, or of `n_tile` tiles. Scores are `[C, T]`."""
+    """Codes by all bits of the codebook: of the listed vectors, or of `n_tile` tiles."""
     code_ref = refs[-1]
     _, length, n_head, width = x_ref.shape
-    n_code, n_column = part_ref.shape[1:]
+    n_column, n_padded = book_ref.shape[1:]
     group, row = pl.program_id(0), pl.program_id(1)
     batch, head = row // n_head, row % n_head
 
     def read_book(c: Any) -> tuple[list[Array], Array]:
-        at, n_part = pl.ds(c * chunk, chunk), part_ref.shape[0] // n_head
-        parts = [plt.load(part_ref.at[p * n_head + head, at, :]) for p in range(n_part)]
-        return parts, plt.load(half_ref.at[head, at])
+        at = pl.ds(c * chunk, chunk)
+        book = plt.load(book_ref.at[head, :, at])
+        half = jnp.sum(book.astype(F32) ** 2, axis=0) / 2
+        there = c * chunk + jnp.arange(chunk, dtype=jnp.int32) < n_code
+        return parts_of(book, book.dtype), jnp.where(there, half, UNUSED)
 
-    book = read_book(0) if n_code == chunk else None
+    book = read_book(jnp.int32(0)) if n_padded == chunk else None
 
     def find(x: Array) -> Array:
         def more(c: Any, known: Any) -> Any:
             parts, half = book or read_book(c)
-            score = dot_parts(parts, [x], dot_t) - half[:, None]
-            best, code = jnp.max(score, axis=0), lax.argmax(score, 0, jnp.int32) + c * chunk
+            score = dot_parts([x], parts) - half[None, :]
+            best = jnp.max(score, axis=1)
+            column = lax.broadcasted_iota(jnp.int32, score.shape, 1)
+            code = c * chunk + jnp.min(jnp.where(score == best[:, None], column, chunk - 1), axis=1)
             is_better = best > known[0]
             return jnp.where(is_better, best, known[0]), jnp.where(is_better, code, known[1])
 
         start = jnp.full((tile,), -jnp.inf, F32), jnp.zeros((tile,), jnp.int32)
-        _, code = loop(n_code // chunk, more, start)
+        _, code = loop(n_padded // chunk, more, start)
         finite = jnp.min((jnp.abs(x.astype(F32)) < jnp.inf).astype(jnp.int32), axis=1)
         return jnp.where(finite > 0, code, -1)
 
@@ -298,14 +292,14 @@ def _exact_kernel(
         return
     list_ref, number_ref, _, _ = refs
     n_listed = plt.load(number_ref.at[row, group])
-    column = lax.broadcasted_iota(jnp.int32, (tile, n_column), 1)
+    feature = lax.broadcasted_iota(jnp.int32, (tile, n_column), 1)
 
     def of_list(i: Any, carry: Any) -> Any:
         entry = jnp.minimum(i * tile + jnp.arange(tile, dtype=jnp.int32), n_listed - 1)
         token = plt.load(list_ref.at[row, group, entry])
-        at = jnp.broadcast_to(token[:, None], column.shape)
-        x = plt.load(x_ref.at[batch, at, head, jnp.minimum(column, width - 1)])
-        plt.store(code_ref.at[batch, token, head], find(jnp.where(column < width, x, jnp.zeros_like(x))))
+        at = jnp.broadcast_to(token[:, None], feature.shape)
+        x = plt.load(x_ref.at[batch, at, head, jnp.minimum(feature, width - 1)])
+        plt.store(code_ref.at[batch, token, head], find(jnp.where(feature < width, x, jnp.zeros_like(x))))
         return carry
 
     lax.fori_loop(0, pl.cdiv(n_listed, tile), of_list, 0)

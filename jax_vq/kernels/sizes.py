@@ -94,6 +94,11 @@ def n_tile(length: int, n_row: int, tile: int) -> int:
     return min(max(length * n_row // (4 * N_PROCESSOR * tile), 1), MAX_TILES)
 
 
+def n_tile_resident(length: int, n_row: int, tile: int) -> int:
+    """Tiles of a program, for two programs on each processor that keep a codebook there."""
+    return -(-length * n_row // (2 * N_PROCESSOR * tile))
+
+
 def n_beside(size: Size, width: int) -> int:
     """Programs of a segment for values of a width; two of four warps share a processor."""
     return max(-(-width // size.columns) * size.n_warp // 8, 1)

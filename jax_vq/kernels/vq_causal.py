@@ -13,7 +13,7 @@ before.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,6 @@ from jax.experimental.pallas import triton as plt
 from jax_vq.kernels import sizes, vq_window
 from jax_vq.kernels.tiles import (
     F32,
-    N_PART,
     NARROW,
     columns,
     contained,
@@ -48,15 +47,14 @@ from jax_vq.kernels.tiles import (
 from jax_vq.kernels.vq_causal_f32 import causal_kernel as float32_kernel
 from jax_vq.kernels.vq_states import block_attention, block_states
 from jax_vq.kernels.vq_sums import Sums, before_segments, padded_codes, read_sums, segment_sums
+from jax_vq.kernels.vq_tables import Tables
 from jax_vq.kernels.vq_wide import wide_weights
 from jax_vq.ops.implementations import Kernel
-from jax_vq.ops.numerics import split
 from jax_vq.ops.vq_blocks import Form, Keys
 from jax_vq.ops.vq_causal import Books, Queries
 from jax_vq.ops.vq_causal import causal_attention as plain_attention
 from jax_vq.ops.vq_state import Coded, VQState, coded_of
 
-MAX_RANGE = 60.0  # of scores: weights of 1e-26, and products with them, are far from the ends of float32
 N_FOLLOWED = 16  # blocks of a program that most often has nothing to do
 MAX_LENGTH = 2**24  # tokens, which float32 counts exactly
 
@@ -81,26 +79,6 @@ def why_not(
     if keys.v.shape[1] > MAX_LENGTH:
         return f"{keys.v.shape[1]} tokens: the kernel counts to {MAX_LENGTH}"
     return vq_window.why_not(queries, keys, n_code, form) if form.has_exact else None
-
-
-class Tables(NamedTuple):
-    """What all programs read of the scores between codes; key codes are padded."""
-
-    score: Array  # [H, Cq, C] float32
-    weight: Array  # [H, Cq, C] `E`, 0 for padding; [3 * H, Cq, C], parts of it, where v is float32
-    top: Array  # [H, Cq] float32
-    is_wide: Array  # [H] whether scores of one code differ too much for `E`
-
-    @classmethod
-    def of(cls, books: Books, n_padded: int, dtype: Any) -> "Tables":
-        table = books.table if books.bias is None else books.table + books.bias[:, None, None]
-        top = jnp.max(table, axis=-1)
-        is_wide = ~jnp.all(top - jnp.min(table, axis=-1) <= MAX_RANGE, axis=-1)
-        padding = (0, 0), (0, 0), (0, n_padded - table.shape[2])
-        table = jnp.pad(table, padding, constant_values=-jnp.inf)
-        weight = jnp.exp(table - top[..., None])
-        weight = jnp.concatenate(split(weight, N_PART)) if dtype == F32 else weight.astype(dtype)
-        return cls(table, weight, top, is_wide)
 
 
 def first_sums(coded: Coded, n_padded: int) -> Sums:

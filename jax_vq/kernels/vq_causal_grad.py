@@ -19,10 +19,11 @@ from jax import Array, lax
 
 from jax_vq.kernels import sizes
 from jax_vq.kernels.tiles import F32, power_of_two
-from jax_vq.kernels.vq_causal import Tables, first_sums
+from jax_vq.kernels.vq_causal import first_sums
 from jax_vq.kernels.vq_causal import why_not as why_not_forward
 from jax_vq.kernels.vq_states_grad import RowData, block_gradients
 from jax_vq.kernels.vq_sums import padded_codes
+from jax_vq.kernels.vq_tables import Tables
 from jax_vq.ops.implementations import Kernel
 from jax_vq.ops.quantize import lookup
 from jax_vq.ops.vq_blocks import Form, Keys

@@ -200,7 +200,7 @@ def block_attention(
 
     Args:
       query_codes: int32 `[B, T, H]`; key_codes: `[B, T, K]`; v: `[B, T, K, V]`.
-      weight: `[H, Cq, C]`, top: `[H, Cq]`, of `vq_causal.Tables`.
+      weight: `[H, Cq, C]`, top: `[H, Cq]`, of `vq_tables.Tables`.
       mode: int32 `[B, H, S]`.
       block: tokens of a block.
     """

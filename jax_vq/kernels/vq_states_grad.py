@@ -60,7 +60,7 @@ def block_gradients(
     """Gradients of queries, keys and values, `[B, T, H, ...]` by query head.
 
     Args:
-      weight: `[H, Cq, Ck]`, `E` of `vq_causal.Tables`; codes are padded to whole chunks.
+      weight: `[H, Cq, Ck]`, `E` of `vq_tables.Tables`; codes are padded to whole chunks.
       book_q: `[H, Cq, D]`, book_k: `[K, Ck, D]`, scaled; D is padded to a power of two, from `width`.
       first: sums over the keys before the call, as one segment.
     """

@@ -85,7 +85,7 @@ def window_attention(
 
     Args:
       keys: their codes are `coded_keys`.
-      weight: `[H, Cq, C]`, top: `[H, Cq]`, of `vq_causal.Tables`.
+      weight: `[H, Cq, C]`, top: `[H, Cq]`, of `vq_tables.Tables`.
       states: before every `spacing(form)` tokens, without the sinks.
     """
     batch, length, n_head = queries.codes.shape
