@@ -105,8 +105,8 @@ def vq_implementation(backend: str, call: Callable[..., Any], *arrays: Any) -> s
     """What runs the steps of a call: a name for all of them, or several."""
     if backend != "jax":
         return _default_implementation(backend)
-    reasons = _ops(backend).why_xla(call, *arrays).values()
-    return " + ".join(sorted({"triton" if reason is None else "xla" for reason in reasons}))
+    what_runs = importlib.import_module("jax_vq.ops.implementations").what_runs
+    return " + ".join(sorted(what_runs(call, *arrays)))
 
 
 def _build_vq(mechanism: str, backend: str, job: Job, is_causal: bool, arrays: tuple[Any, ...]) -> Built:

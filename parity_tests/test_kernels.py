@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jax_vq
-from jax_vq.kernels import quantize, sizes, tiles, vq_causal, vq_states_grad, vq_tables
+from jax_vq.kernels import hopper_codes, quantize, sizes, tiles, vq_causal, vq_states_grad, vq_tables
 from jax_vq.kernels.vq_states_grad import RowData
 from jax_vq.kernels.vq_sums import Sums
 from jax_vq.ops.vq_blocks import Keys
@@ -151,19 +151,34 @@ def check_gradients(inputs: Inputs) -> None:
             assert_gradient_close(getattr(found, name), target, "bfloat16")
 
 
-@pytest.fixture(params=["every vector", "1 tile", "3 tiles"])
+@pytest.fixture(params=["every vector", "1 tile", "3 tiles", "hopper"])
 def n_tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """By all bits of the codebook; or by float16 first, with a chunk of codes and some tiles a program."""
     jax.clear_caches()
     if request.param != "every vector":
         monkeypatch.setattr(quantize, "BRIEF", 0)
+    if request.param == "hopper":
+        if not ON_GPU:
+            pytest.skip("Mosaic's kernels run there")
+        monkeypatch.setitem(KERNELS, "implementation", None)
+    elif request.param != "every vector":
         monkeypatch.setattr(sizes, "n_tile", lambda length, n_row, tile: int(request.param[0]))
     yield
     jax.clear_caches()
 
 
 def codes_of(x: np.ndarray, codebook: np.ndarray, dtype: str = "float32") -> np.ndarray:
-    return to_numpy(jax_vq.nearest_codes(to_jax(x, "bfloat16"), to_jax(codebook, dtype), **KERNELS))
+    """Nearest codes; for Mosaic's kernel of whole tiles, and more of the last code, which change nothing."""
+    if KERNELS["implementation"] is not None:
+        return to_numpy(jax_vq.nearest_codes(to_jax(x, "bfloat16"), to_jax(codebook, dtype), **KERNELS))
+    length, width = x.shape[1], x.shape[3]
+    x = np.pad(x, ((0, 0), (0, -length % 64), (0, 0), (0, -width % 64)))
+    codebook = np.pad(codebook, ((0, 0), (0, 0), (0, -width % 64)))
+    codebook = np.pad(codebook, ((0, 0), (0, max(65 - codebook.shape[1], 0)), (0, 0)), mode="edge")
+    array = to_jax(x, "bfloat16")
+    assert hopper_codes.is_usable(array, -(-codebook.shape[1] // 128) * 128)
+    found = to_numpy(jax_vq.nearest_codes(array, to_jax(codebook, dtype)))
+    return found[:, :length]
 
 
 @pytest.mark.usefixtures("n_tile")
@@ -220,13 +235,14 @@ def test_codes_that_float16_puts_in_another_order(n_between: int) -> None:
 
 
 @pytest.mark.usefixtures("n_tile")
-def test_what_is_not_finite_has_no_code() -> None:
+def test_what_is_not_finite_has_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     x, codebook = rng.normal(size=(1, 190, 2, 16)), rng.normal(size=(2, 150, 16))
     bad = {(3, 0): np.nan, (70, 1): np.inf, (189, 0): -np.inf}
     for (t, head), value in bad.items():
         x[0, t, head, 5] = value
-    found = to_numpy(quantize.finite_codes(to_jax(x, "bfloat16"), to_jax(codebook, "float32")))
+    monkeypatch.setitem(quantize.KERNELS, "nearest_codes", quantize.KERNELS["finite_codes"])
+    found = codes_of(x, codebook)
     assert {tuple(where[1:]) for where in np.argwhere(found == -1)} == set(bad)
 
 

@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jax_vq.kernels import sizes
+from jax_vq.kernels import hopper_codes, sizes
 from jax_vq.kernels.tiles import (
     F32,
     NARROW,
@@ -29,9 +29,10 @@ from jax_vq.ops.implementations import Kernel
 from jax_vq.ops.numerics import N_PART, split
 
 UNUSED = 1e38  # half the squared length of a code that is none: never the nearest
+LIST_TILE = 1024  # codes of a tile that is looked through for open ones
 MANTISSA = 23  # bits of a float32 number
 ROUNDING = 2.0**-20  # of a sum that a tensor core adds up, more than it is off
-SQUARE_ERROR = 1.01  # of a bfloat16 square, more than it is off
+SQUARE_ERROR = 1.01  # of the root of a sum of bfloat16 squares, more than it is off
 F16_STEP = 2.0**-24  # between the least float16 numbers
 BRIEF = 2**19  # vectors times chunks of codes, up to which a float16 codebook gains nothing
 
@@ -39,25 +40,26 @@ BRIEF = 2**19  # vectors times chunks of codes, up to which a float16 codebook g
 class Near(NamedTuple):
     """A codebook that most codes are found by; codes and D are padded."""
 
-    book: Array  # [H, D, C] float16
-    bias: Array  # [H, NARROW, C] bfloat16 that sum to `-|c|^2 / 2`
+    book: Array  # [H, C, D] float16
+    half: Array  # [H, C] float32, `|c|^2 / 2`
     off: Array  # [2 * H] float32: how far a score is off at most, relative to |x| and besides
 
     @classmethod
     def of(cls, codebook: Array, n_padded: int) -> "Near":
         book = _padded(codebook.astype(F32), n_padded)
-        half = jnp.sum(book**2, axis=-1) / 2
-        half = jnp.where(jnp.arange(n_padded) < codebook.shape[1], half, UNUSED)
+        square = jnp.sum(book**2, axis=-1)
         near = lax.reduce_precision(book, exponent_bits=5, mantissa_bits=10)  # a cast to and fro would vanish
-        square = jnp.where(half == UNUSED, 0, 2 * half)
         rest = jnp.sum((book - near) ** 2, axis=-1)
         rest = jnp.max(jnp.where(jnp.isfinite(square), rest, jnp.inf), axis=-1)
         most = jnp.max(square, axis=-1)
-        relative = jnp.sqrt(rest) + ROUNDING * jnp.sqrt(most)
+        relative = SQUARE_ERROR * (jnp.sqrt(rest) + ROUNDING * jnp.sqrt(most))
         besides = jnp.sqrt(codebook.shape[2] * most) * F16_STEP + ROUNDING * most
-        bias = jnp.pad(jnp.stack(split(-half), axis=1), ((0, 0), (0, NARROW - N_PART), (0, 0)))
-        off = jnp.concatenate([relative, besides])
-        return cls(jnp.swapaxes(near, 1, 2).astype(jnp.float16), bias, off)
+        half = jnp.where(jnp.arange(n_padded) < codebook.shape[1], square / 2, UNUSED)
+        return cls(near.astype(jnp.float16), half, jnp.concatenate([relative, besides]))
+
+    def bias(self) -> Array:
+        """`[H, NARROW, C]` bfloat16 that sum to `-|c|^2 / 2`."""
+        return jnp.pad(jnp.stack(split(-self.half), axis=1), ((0, 0), (0, NARROW - N_PART), (0, 0)))
 
 
 def _padded(codebook: Array, n_padded: int) -> Array:
@@ -89,30 +91,39 @@ def finite_codes(x: Array, codebook: Array) -> Array:
         grid = pl.cdiv(pl.cdiv(length, every.tile), n_tile), n_row
         return launch(kernel, codes, grid, every.n_warp, every.n_stage)(x, whole)
     near = Near.of(codebook, n_chunk * chunk)
-    n_tile = sizes.n_tile(length, n_row, size.tile)
-    grid = pl.cdiv(pl.cdiv(length, size.tile), n_tile), n_row
+    by_hopper = hopper_codes.is_usable(x, n_chunk * chunk)
+    tile = LIST_TILE if by_hopper else size.tile
+    n_tile = sizes.n_tile(length, n_row, tile)
+    grid = pl.cdiv(pl.cdiv(length, tile), n_tile), n_row
     listed = (
-        jax.ShapeDtypeStruct((n_row, grid[0], (n_tile + 1) * size.tile), jnp.int32),
+        codes,
+        jax.ShapeDtypeStruct((n_row, grid[0], (n_tile + 1) * tile), jnp.int32),
         jax.ShapeDtypeStruct((n_row, grid[0]), jnp.int32),
     )
-    kernel, how = partial(_first_kernel, tile=size.tile, n_tile=n_tile, chunk=chunk), size[3:]
-    known = _best_of_all_but_the_last(kernel, grid, how, x, near, chunk)
-    find = launch(partial(kernel, is_last=True), (codes, *listed), grid, *how)
-    found = find(x, *near, *known)
+    if by_hopper:
+        rounding = 2.0 ** ((chunk - 1).bit_length() - MANTISSA)
+        found = hopper_codes.first_codes(x, near.book, near.half, near.off, rounding)
+        found = launch(partial(_list_kernel, tile=tile, n_tile=n_tile), listed, grid, 8, 1)(found)
+    else:
+        kernel, how = partial(_first_kernel, tile=tile, n_tile=n_tile, chunk=chunk), size[3:]
+        arrays = x, jnp.swapaxes(near.book, 1, 2), near.bias(), near.off
+        known = _best_of_all_but_the_last(kernel, grid, how, arrays, chunk)
+        found = launch(partial(kernel, is_last=True), listed, grid, *how)(*arrays, *known)
     few = sizes.size_of("settle", n_code)
     settle = partial(_exact_kernel, tile=few.tile, chunk=min(chunk, few.chunk), n_code=n_code)
     return launch(settle, codes, grid, few.n_warp, few.n_stage, {4: 0})(x, whole, *found[1:], found[0])
 
 
 def _best_of_all_but_the_last(
-    kernel: Any, grid: tuple[int, int], how: tuple[int, int], x: Array, near: Near, chunk: int
+    kernel: Any, grid: tuple[int, int], how: tuple[int, int], arrays: tuple[Array, ...], chunk: int
 ) -> tuple[Array, ...]:
     """`Best` and where the last codes start, from one call after another, each of a chunk of codes.
 
     A chunk stays on the chip for all vectors of a program. What is known of a vector is kept head by head
     meanwhile, so that a program reads numbers that lie side by side. Nothing where there is one chunk.
     """
-    n_step = near.book.shape[2] // chunk - 1
+    x, book, *_ = arrays
+    n_step = book.shape[2] // chunk - 1
     if not n_step:
         return ()
     batch, length, n_head, _ = x.shape
@@ -125,7 +136,7 @@ def _best_of_all_but_the_last(
         return jnp.full(n_head, i * chunk, jnp.int32)
 
     def step(i: Any, found: Any) -> Any:
-        return tuple(run(x, *near, *found, first(i)))
+        return tuple(run(*arrays, *found, first(i)))
 
     found = lax.fori_loop(0, n_step, step, (nothing, nothing, jnp.zeros(shape, jnp.int32)))
     return *found, first(n_step)
@@ -226,17 +237,38 @@ def _first_kernel(
             return n_open
         code_ref, list_ref, _ = refs[-3:]
         write_numbers(code_ref, batch, rows, head, found.code)
-        square = jnp.max(dot(x * x, ones), axis=1) * SQUARE_ERROR
+        square = jnp.max(dot(x * x, ones), axis=1)
         reach = jnp.sqrt(square) * relative + besides
-        is_open = (found.is_open(reach, (chunk - 1).bit_length()) & rows[1]).astype(jnp.int32)
-        each = jnp.arange(tile, dtype=jnp.int32)
-        place = jnp.where(is_open > 0, n_open + jnp.cumsum(is_open) - 1, n_tile * tile + each)
-        plt.store(list_ref.at[row, group, place], rows[0].start + each)
-        return n_open + jnp.sum(is_open)
+        is_open = found.is_open(reach, (chunk - 1).bit_length()) & rows[1]
+        return _add_to_list(list_ref, (row, group), is_open, rows[0].start, n_open, n_tile * tile)
 
     n_open = loop(n_tile, step, jnp.int32(0))
     if is_last:
         plt.store(refs[-1].at[row, group], n_open)
+
+
+def _add_to_list(ref: Any, place: tuple[Any, Any], is_open: Array, first: Any, n_open: Any, end: int) -> Any:
+    """Write the open tokens of a tile behind those before it, the others behind `end`; their number."""
+    number, each = is_open.astype(jnp.int32), jnp.arange(is_open.shape[0], dtype=jnp.int32)
+    entry = jnp.where(is_open, n_open + jnp.cumsum(number) - 1, end + each)
+    plt.store(ref.at[*place, entry], first + each)
+    return n_open + jnp.sum(number)
+
+
+def _list_kernel(
+    found_ref: Any, code_ref: Any, list_ref: Any, number_ref: Any, *, tile: int, n_tile: int
+) -> None:
+    """Codes of `hopper_codes`, and a list of the vectors that it leaves open."""
+    _, length, n_head = code_ref.shape
+    group, row = pl.program_id(0), pl.program_id(1)
+
+    def step(i: Any, n_open: Any) -> Any:
+        rows = tokens((group * n_tile + i) * tile, tile, length)
+        found = plt.load(found_ref.at[row, rows[0]], mask=rows[1], other=0)
+        write_numbers(code_ref, row // n_head, rows, row % n_head, jnp.where(found < 0, -1 - found, found))
+        return _add_to_list(list_ref, (row, group), found < 0, rows[0].start, n_open, n_tile * tile)
+
+    plt.store(number_ref.at[row, group], loop(n_tile, step, jnp.int32(0)))
 
 
 def _exact_kernel(

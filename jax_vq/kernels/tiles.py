@@ -14,6 +14,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from jax_vq.ops.implementations import runs
 from jax_vq.ops.numerics import N_PART
 
 NARROW = 16  # columns of the narrowest product
@@ -53,6 +54,7 @@ def launch(
     )
 
     def run(*arrays: Array) -> Any:
+        runs("triton")
         with jax.enable_x64(False):
             return call(*arrays)
 

@@ -20,10 +20,18 @@ class Kernel(NamedTuple):
     why_not: Callable[..., str | None]  # (asked, *arguments of the step); None: it can run
 
 
+class Heard(NamedTuple):
+    """What is said of a call while it is traced."""
+
+    reasons: dict[str, str | None]  # by step: why it runs as plain XLA
+    names: set[str]  # of all that runs: "xla", "triton", "mosaic_gpu"
+
+
 CAPABILITY = "9.0"  # of the GPUs that the kernels are made for
 
 _KERNELS: dict[str, Callable[[], Kernel | None]] = {}
-_LISTENERS: list[dict[str, str | None]] = []
+_LISTENERS: list["Heard"] = []
+_ASKED: list[str | None] = []  # for by the calls of the kernels that are being traced
 
 
 def add_kernel(step: str, load: Callable[[], Kernel | None]) -> None:
@@ -44,11 +52,19 @@ def run(asked: str | None, step: str, plain: Callable[..., Any], *arguments: Any
     Compiled for a CPU in a process with a GPU, `plain` runs too.
     """
     kernel, reason = _find(asked, step, *arguments)
-    for found in _LISTENERS:
-        found[step] = reason
+    for heard in _LISTENERS:
+        heard.reasons[step] = reason
     if kernel is None:
+        runs("xla")
         return plain(*arguments)
-    by_kernel = partial(kernel.run, *arguments)
+
+    def by_kernel(*_: Any) -> Any:
+        _ASKED.append(asked)
+        try:
+            return kernel.run(*arguments)
+        finally:
+            _ASKED.pop()
+
     if jax.default_backend() == "cpu":
         return by_kernel()
     return lax.platform_dependent(cuda=by_kernel, default=partial(plain, *arguments))
@@ -64,6 +80,17 @@ def _find(asked: str | None, step: str, *arguments: Any) -> tuple[Kernel | None,
         return None, "there is no kernel"
     reason = kernel.why_not(asked, *arguments)
     return (kernel, None) if reason is None else (None, reason)
+
+
+def runs(name: str) -> None:
+    """Say that what is being traced runs by this."""
+    for heard in _LISTENERS:
+        heard.names.add(name)
+
+
+def is_asked_for(name: str) -> bool:
+    """Within a kernel: whether its call asked for an implementation by name."""
+    return bool(_ASKED) and _ASKED[-1] == name
 
 
 def why_not_here(asked: str | None) -> str | None:
@@ -101,10 +128,19 @@ def why_xla(function: Callable[..., Any], *arguments: Any, **options: Any) -> di
     Raises:
       ValueError, TypeError: what the call itself raises.
     """
-    found: dict[str, str | None] = {}
-    _LISTENERS.append(found)
+    return _heard(function, *arguments, **options).reasons
+
+
+def what_runs(function: Callable[..., Any], *arguments: Any, **options: Any) -> set[str]:
+    """What the steps of a call run by, some of "xla", "triton" and "mosaic_gpu"; as `why_xla`."""
+    return _heard(function, *arguments, **options).names
+
+
+def _heard(function: Callable[..., Any], *arguments: Any, **options: Any) -> Heard:
+    heard = Heard({}, set())
+    _LISTENERS.append(heard)
     try:
         jax.eval_shape(partial(traced(function), **options), *arguments)
     finally:
-        _LISTENERS.remove(found)
-    return found
+        _LISTENERS.pop()
+    return heard

@@ -1,0 +1,160 @@
+"""Sums over tokens per code by Mosaic GPU: as fast as the vectors can be read."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from jax_vq.kernels import hopper
+from jax_vq.kernels.tiles import BF16, F32
+
+N_CODE = 128  # of the sums; with fewer, the rest are 0
+TILE = 128  # tokens at once
+N_SLOT = 6  # tiles in shared memory
+N_AHEAD = 2  # tiles whose codes are read ahead of time
+N_ROW = 64  # codes of a group
+FAR = 200  # the code of a token outside
+
+
+def is_usable(n_padded: int, vectors: Array, segment_len: int) -> bool:
+    """Whether `segment_sums` can run."""
+    _, length, _, width = vectors.shape
+    fits = n_padded == N_CODE and vectors.dtype == BF16 and length >= TILE and segment_len % TILE == 0
+    return fits and hopper.is_usable(length, width)
+
+
+def segment_sums(codes: Array, vectors: Array, segment_len: int) -> tuple[Array, Array]:
+    """`vq_sums.segment_sums` without weights: sums of 128 codes and how many tokens have each.
+
+    Two groups multiply one-hot codes, which stay in registers, with a tile of vectors; each has half of the
+    codes, and the sums in registers.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    batch, length, n_head, width = vectors.shape
+    n_segment = pl.cdiv(length, segment_len)
+    shape = batch, n_head, n_segment, N_CODE
+    shapes = jax.ShapeDtypeStruct((*shape, width), F32), jax.ShapeDtypeStruct(shape, F32)
+    scratch = (
+        hopper.swizzled(N_SLOT, TILE, width, dtype=BF16),
+        plgpu.SMEM((N_SLOT, 3 * TILE), BF16),
+        plgpu.SMEM((TILE,), jnp.int32),
+        plgpu.Barrier(num_arrivals=2, num_barriers=N_SLOT),
+        plgpu.Barrier(num_arrivals=2, num_barriers=N_SLOT),
+        plgpu.Barrier(num_arrivals=1),
+    )
+    kernel = partial(_kernel, segment_len=segment_len)
+    total, number = hopper.launch(kernel, shapes, batch * n_head * n_segment, 3, scratch)(codes, vectors)
+    return total, number
+
+
+def _kernel(
+    code_ref: Any,
+    vector_ref: Any,
+    sum_ref: Any,
+    number_ref: Any,
+    vectors: Any,
+    codes: Any,
+    missing: Any,
+    full: Any,
+    empty: Any,
+    done: Any,
+    *,
+    segment_len: int,
+) -> None:
+    """A segment of a head. Heads run fastest: programs at work together read what lies together."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    wide, row, column = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+    length, n_head, width = vector_ref.shape[1:]
+    n_segment = sum_ref.shape[2]
+    program, group = lax.axis_index("program"), lax.axis_index("group")
+    head, segment = lax.rem(program, n_head), lax.rem(lax.div(program, n_head), n_segment)
+    batch = lax.div(program, n_head * n_segment)
+    first = segment * segment_len
+    n_tile = lax.div(jnp.minimum(segment_len, length - first) + TILE - 1, TILE)
+
+    def filled(value: float, dtype: Any, layout: Any, *shape: int) -> Array:
+        return plgpu.layout_cast(jnp.full(shape, value, dtype), layout)
+
+    @pl.when(group == 2)
+    def fetch_all() -> None:
+        plgpu.set_max_registers(40, action="decrease")
+
+        def fetch(i: Any, slot: Any) -> None:
+            at = pl.ds(first + i * TILE, TILE)
+            plgpu.copy_gmem_to_smem(vector_ref.at[batch, at, head], vectors.at[slot], full.at[slot])
+
+        def read(i: Any) -> Array:
+            """Codes of a tile; at the end of the sequence, of its last whole tile."""
+            start = first + jnp.minimum(i, n_tile - 1) * TILE
+            at = pl.ds(jnp.minimum(start, length - TILE), TILE)
+            return hopper.load(code_ref.at[batch, at, head], row, optimized=False)
+
+        def write(i: Any, slot: Any, code: Array, is_missing: Array) -> Array:
+            """Shifted to where the tile starts, and what comes after the end as the code of nothing."""
+            shift = jnp.maximum(first + (i + 1) * TILE - length, 0)
+
+            @pl.when(shift > 0)
+            def clear() -> None:
+                codes[slot, pl.ds(2 * TILE - shift, TILE)] = filled(FAR, BF16, row, TILE)
+
+            code = jnp.where(plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=row) < shift, FAR, code)
+            codes[slot, pl.ds(TILE - shift, TILE)] = code.astype(F32).astype(BF16)
+            return jnp.maximum(is_missing, jnp.where(code == -1, 1, 0))
+
+        def step(i: Any, carry: Any, *, waits: bool) -> Any:
+            *ahead, is_missing = carry
+            slot = lax.rem(i, N_SLOT)
+            more = read(i + N_AHEAD)
+            if waits:
+                plgpu.barrier_wait(empty.at[slot])
+                fetch(i, slot)
+            is_missing = write(i, slot, ahead[0], is_missing)
+            plgpu.barrier_arrive(full.at[slot])
+            return *ahead[1:], more, is_missing
+
+        for slot in range(N_SLOT):
+            pl.when(slot < n_tile)(partial(fetch, slot, slot))
+        carry: Any = *(read(i) for i in range(N_AHEAD)), filled(0, jnp.int32, row, TILE)
+        n_first = jnp.minimum(n_tile, N_SLOT)
+        carry = lax.fori_loop(0, n_first, partial(step, waits=False), carry)
+        carry = lax.fori_loop(n_first, n_tile, partial(step, waits=True), carry)
+        missing[...] = carry[-1]
+        plgpu.barrier_arrive(done)
+
+    @pl.when(group < 2)
+    def add_up() -> None:
+        plgpu.set_max_registers(232, action="increase")
+        own = plgpu.broadcasted_iota(jnp.int32, (N_ROW, TILE), 0, layout=wide) + N_ROW * group
+        own = own.astype(F32).astype(BF16)
+
+        def run(total: Any) -> tuple[Array, Array]:
+            def step(i: Any, number: Array) -> Array:
+                slot = lax.rem(i, N_SLOT)
+                plgpu.barrier_wait(full.at[slot])
+                code = lax.broadcast_in_dim(
+                    hopper.load(codes.at[slot, pl.ds(TILE, TILE)], column), own.shape, [1]
+                )
+                hot = jnp.maximum(1 - jnp.abs(code - own), 0)  # on pairs of bfloat16, unlike a comparison
+                plgpu.wgmma(total, hot, vectors.at[slot])
+                while hot.shape[1] > 8:  # counts up to 16, which bfloat16 has
+                    half = hot.shape[1] // 2
+                    hot = hot[:, :half] + hot[:, half:]
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(empty.at[slot])
+                return number + hot.astype(F32)
+
+            number = lax.fori_loop(0, n_tile, step, filled(0, F32, wide, N_ROW, 8))
+            return total[...], jnp.sum(number, axis=1)
+
+        total, number = pl.run_scoped(run, plgpu.ACC((N_ROW, width), F32))
+        plgpu.barrier_wait(done)
+        is_missing = lax.broadcast_in_dim(hopper.load(missing, column).astype(F32), own.shape, [1])
+        is_missing = lax.broadcast_in_dim(jnp.max(is_missing, axis=1), total.shape, [0])
+        at = pl.ds(N_ROW * group, N_ROW)
+        sum_ref[batch, head, segment, at] = jnp.where(is_missing > 0, jnp.nan, total)
+        number_ref[batch, head, segment, at] = number

@@ -1,0 +1,208 @@
+"""The kernels by Mosaic GPU: which shapes they take, that they lower, and on a GPU what they give.
+
+Codes have the tests of `test_kernels`, which run with every kernel that finds them.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_vq
+from jax_vq.kernels import hopper, hopper_codes, hopper_sums, quantize, sizes, tiles, vq_sums
+from jax_vq.ops import implementations
+from parity_tests.support import assert_close, assert_gradient_close, to_jax, to_numpy
+from parity_tests.vq_calls import differentiable, optional
+from vq_common import vq_oracle
+from vq_common.cases import Case, Inputs, case_inputs
+
+ON_GPU = jax.default_backend() == "gpu"
+on_gpu = pytest.mark.skipif(not ON_GPU, reason="kernels run there")
+
+
+@pytest.fixture
+def is_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels are lowered for a GPU, by whatever jax there is."""
+    monkeypatch.setattr(tiles, "is_interpreted", lambda: False)
+    monkeypatch.setattr(hopper, "is_usable", hopper.fits)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture(params=[1, 2])
+def n_segment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    jax.clear_caches()
+    monkeypatch.setattr(sizes, "n_segment", lambda length, n_row, tile: request.param)
+    yield request.param
+    jax.clear_caches()
+
+
+def shape(length: int = 256, width: int = 128, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((2, length, 3, width), dtype)
+
+
+@pytest.mark.usefixtures("is_compiled")
+@pytest.mark.parametrize(
+    "x, n_code, is_usable",
+    [
+        (shape(), 128, True),
+        (shape(width=64), 512, True),
+        (shape(length=264), 256, True),
+        (shape(length=260), 128, False),
+        (shape(length=56), 128, False),
+        (shape(width=96), 128, False),
+        (shape(width=256), 128, False),
+        (shape(dtype=jnp.float32), 128, False),
+        (shape(), 640, False),
+        (shape(), 64, False),
+    ],
+)
+def test_shapes_of_codes(x: Any, n_code: int, is_usable: bool) -> None:
+    assert hopper_codes.is_usable(x, n_code) == is_usable
+
+
+@pytest.mark.usefixtures("is_compiled")
+@pytest.mark.parametrize(
+    "vectors, n_code, segment_len, is_usable",
+    [
+        (shape(), 128, 256, True),
+        (shape(length=136, width=64), 128, 128, True),
+        (shape(length=120), 128, 128, False),
+        (shape(length=257), 128, 128, False),
+        (shape(), 128, 192, False),
+        (shape(), 256, 256, False),
+        (shape(width=32), 128, 256, False),
+        (shape(dtype=jnp.float32), 128, 256, False),
+    ],
+)
+def test_shapes_of_sums(vectors: Any, n_code: int, segment_len: int, is_usable: bool) -> None:
+    assert hopper_sums.is_usable(n_code, vectors, segment_len) == is_usable
+
+
+def test_triton_alone_runs_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, and no longer than that call."""
+    seen = []
+
+    def kernel(asked: str | None) -> None:
+        monkeypatch.setitem(
+            implementations._KERNELS, "probe", lambda: implementations.Kernel(look, lambda *_: None)
+        )
+        implementations.run(asked, "probe", lambda: None)
+
+    def look() -> int:
+        seen.append(implementations.is_asked_for("triton"))
+        return 0
+
+    monkeypatch.setattr(implementations, "why_not_here", lambda asked: None)
+    kernel("triton")
+    kernel(None)
+    assert seen[0]
+    assert not seen[-1]
+    assert not implementations.is_asked_for("triton")
+
+
+def test_no_kernel_of_mosaic_is_interpreted() -> None:
+    assert hopper.fits(256, 128)
+    assert hopper.is_usable(256, 128) == (ON_GPU and jax.__version_info__ >= (0, 11))
+
+
+@pytest.mark.usefixtures("is_compiled")
+@pytest.mark.parametrize("n_code, is_causal, n_kernel", [(128, True, 3), (128, False, 3), (512, True, 2)])
+def test_kernels_lower_for_a_gpu(
+    n_code: int, is_causal: bool, n_kernel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if jax.__version_info__ >= (0, 11) and not ON_GPU:
+        pytest.skip("this jax lowers for a GPU that is there, or named")
+    monkeypatch.setattr(quantize, "BRIEF", 0)
+    monkeypatch.setattr(implementations, "why_not_here", lambda asked: None)
+    x, book = shape(), jax.ShapeDtypeStruct((3, n_code, 128), jnp.float32)
+    call = jax.jit(lambda *arrays: jax_vq.vq_attention(*arrays, is_causal=is_causal))
+    text = call.trace(x, x, x, book, book).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == n_kernel
+
+
+def inputs_of(dtype: str = "bfloat16", **sizes: Any) -> Inputs:
+    return case_inputs(Case(name="hopper", **{"batch": 2, "is_causal": True} | sizes), dtype)
+
+
+@on_gpu
+@pytest.mark.parametrize("length, segment_len", [(128, 128), (136, 128), (1000, 384), (4096, 1024)])
+@pytest.mark.parametrize("width", [64, 128])
+def test_sums_are_those_of_triton(length: int, segment_len: int, width: int, monkeypatch: Any) -> None:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 100, (2, length, 3)).astype(np.int32)
+    codes[1, length - 1, 2] = -1  # a key that is not finite
+    vectors = rng.normal(size=(2, length, 3, width))
+    vectors[0, 3, 1, 5] = np.inf
+    arrays = jnp.asarray(codes), to_jax(vectors, "bfloat16")
+    assert hopper_sums.is_usable(128, arrays[1], segment_len)
+    found = vq_sums.segment_sums(*arrays, 100, segment_len)
+    monkeypatch.setattr(hopper, "is_usable", lambda length, width: False)
+    expected = vq_sums.segment_sums(*arrays, 100, segment_len)
+    np.testing.assert_array_equal(found.numbers, expected.numbers)
+    np.testing.assert_allclose(found.vectors, expected.vectors, rtol=1e-5, atol=1e-4)
+
+
+@on_gpu
+@pytest.mark.usefixtures("n_segment")
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("n_code", [100, 128, 300])
+@pytest.mark.parametrize("length, width", [(128, 128), (136, 64), (1000, 128), (1000, 64)])
+def test_attention_matches_the_oracle(
+    length: int, width: int, n_code: int, is_causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several heads that share keys, tiles that are cut short, and every gradient."""
+    monkeypatch.setattr(quantize, "BRIEF", 0)
+    heads = {"n_head": 4, "n_kv_head": 2}
+    codes = {"n_code_q": n_code, "n_code_k": n_code}
+    inputs = inputs_of(q_len=length, d_k=width, d_v=width, is_causal=is_causal, **heads, **codes)
+    options: dict[str, Any] = {"is_causal": is_causal} | optional(inputs)
+    out, gradients = differentiable("jax", inputs, "bfloat16", is_causal=is_causal)(inputs.d_out)
+    assert_close(out, vq_oracle.vq_attention(*inputs[:5], **options), "bfloat16")
+    targets = vq_oracle.vq_attention_gradients(*inputs[:5], inputs.d_out, **options)
+    for found, target in zip(gradients, targets, strict=True):
+        if target is not None:
+            assert_gradient_close(found, target, "bfloat16")
+
+
+@on_gpu
+def test_what_is_not_finite_stays_where_it_is() -> None:
+    """NaN in the rows that see it and in no other, of queries, keys and values."""
+    inputs = inputs_of(q_len=520, d_k=128, d_v=128, n_head=2, n_code_q=128, n_code_k=128)
+    q, k, v, *books = (np.array(x) for x in inputs[:5])
+    q[0, 7, 1, 3], k[0, 300, 0, 5], v[1, 400, 1, 64] = np.nan, np.inf, np.nan
+    arrays = [to_jax(x, "bfloat16") for x in (q, k, v)] + [to_jax(x, "float32") for x in books]
+    found = to_numpy(jax_vq.vq_attention(*arrays, is_causal=True))
+    expected = vq_oracle.vq_attention(q, k, v, *books, is_causal=True)
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+    assert_close(np.nan_to_num(found), np.nan_to_num(expected), "bfloat16")
+
+
+@on_gpu
+def test_calls_are_mapped() -> None:
+    """`jax.vmap` of a call with kernels by Mosaic."""
+    inputs = inputs_of(q_len=256, d_k=64, d_v=64, n_head=2, n_code_q=128, n_code_k=128)
+    q, k, v = (to_jax(x, "bfloat16") for x in inputs[:3])
+    books = [to_jax(x, "float32") for x in inputs[3:5]]
+
+    def call(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jax_vq.vq_attention(q[None], k[None], v[None], *books, is_causal=True)[0]
+
+    together = jax_vq.vq_attention(q, k, v, *books, is_causal=True)
+    np.testing.assert_array_equal(to_numpy(jax.vmap(call)(q, k, v)), to_numpy(together))
+
+
+def test_what_runs_is_named() -> None:
+    arrays = shape(), shape(), shape(), *(jax.ShapeDtypeStruct((3, 128, 128), jnp.float32),) * 2
+
+    def names(implementation: str | None) -> set[str]:
+        options = {"is_causal": True, "implementation": implementation}
+        return implementations.what_runs(jax_vq.vq_attention, *arrays, **options)
+
+    assert names("xla") == {"xla"}
+    assert names("triton") == {"triton"}
+    assert names(None) == ({"triton", "mosaic_gpu"} if ON_GPU else {"xla"})
