@@ -74,7 +74,8 @@ def test_shapes_of_codes(x: Any, n_code: int, is_usable: bool) -> None:
         (shape(length=120), 128, 128, False),
         (shape(length=257), 128, 128, False),
         (shape(), 128, 192, False),
-        (shape(), 256, 256, False),
+        (shape(), 384, 256, True),
+        (shape(), 64, 256, False),
         (shape(width=32), 128, 256, False),
         (shape(dtype=jnp.float32), 128, 256, False),
     ],
@@ -111,7 +112,7 @@ def test_no_kernel_of_mosaic_is_interpreted() -> None:
 
 
 @pytest.mark.usefixtures("is_compiled")
-@pytest.mark.parametrize("n_code, is_causal, n_kernel", [(128, True, 3), (128, False, 3), (512, True, 2)])
+@pytest.mark.parametrize("n_code, is_causal, n_kernel", [(128, True, 4), (128, False, 3), (512, True, 5)])
 def test_kernels_lower_for_a_gpu(
     n_code: int, is_causal: bool, n_kernel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,17 +133,20 @@ def inputs_of(dtype: str = "bfloat16", **sizes: Any) -> Inputs:
 @on_gpu
 @pytest.mark.parametrize("length, segment_len", [(128, 128), (136, 128), (1000, 384), (4096, 1024)])
 @pytest.mark.parametrize("width", [64, 128])
-def test_sums_are_those_of_triton(length: int, segment_len: int, width: int, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("n_code", [100, 300, 512])
+def test_sums_are_those_of_triton(
+    length: int, segment_len: int, width: int, n_code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(0)
-    codes = rng.integers(0, 100, (2, length, 3)).astype(np.int32)
+    codes = rng.integers(0, n_code, (2, length, 3)).astype(np.int32)
     codes[1, length - 1, 2] = -1  # a key that is not finite
     vectors = rng.normal(size=(2, length, 3, width))
     vectors[0, 3, 1, 5] = np.inf
     arrays = jnp.asarray(codes), to_jax(vectors, "bfloat16")
-    assert hopper_sums.is_usable(128, arrays[1], segment_len)
-    found = vq_sums.segment_sums(*arrays, 100, segment_len)
+    assert hopper_sums.is_usable(vq_sums.padded_codes(n_code)[0], arrays[1], segment_len)
+    found = vq_sums.segment_sums(*arrays, n_code, segment_len)
     monkeypatch.setattr(hopper, "is_usable", lambda length, width: False)
-    expected = vq_sums.segment_sums(*arrays, 100, segment_len)
+    expected = vq_sums.segment_sums(*arrays, n_code, segment_len)
     np.testing.assert_array_equal(found.numbers, expected.numbers)
     np.testing.assert_allclose(found.vectors, expected.vectors, rtol=1e-5, atol=1e-4)
 

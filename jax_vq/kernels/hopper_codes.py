@@ -77,14 +77,15 @@ def _float(bits: Array) -> Array:
     return lax.bitcast_convert_type(bits, F32)
 
 
-def _best(score: Array) -> tuple[Array, Array]:
+def _best(score: Array, one: Array) -> tuple[Array, Array]:
     """The best and second best of every eighth code: `[T, C]` to two `[T, 8]`, without another thread.
 
-    The number of the code, but for its last three bits, takes bits of the score.
+    The number of the code, but for its last three bits, takes bits of the score. With `one`, which is 1 but
+    no constant, that is a multiplication and does not take turns with the maxima: 8 % of the time.
     """
     slices = ((first, lax.slice(score, (0, first), (ROWS, first + PART))) for first in range(0, CHUNK, PART))
-    one, other, *rest = (_float(_bits(part) & -CHUNK | first) for first, part in slices)
-    best, second = jnp.maximum(one, other), jnp.minimum(one, other)
+    start, other, *rest = (_float((_bits(part) & -CHUNK) * one + first) for first, part in slices)
+    best, second = jnp.maximum(start, other), jnp.minimum(start, other)
     for part in rest:
         second = jnp.maximum(second, jnp.minimum(best, part))
         best = jnp.maximum(best, part)
@@ -143,6 +144,7 @@ def _kernel(
         plgpu.set_max_registers(160, action="increase")
         plgpu.barrier_wait(has_book)
         relative, besides = off_ref[head], off_ref[n_head + head]
+        one = jnp.where(relative < 0, 0, 1)
 
         def of_chunk(x: Array, k: Any) -> tuple[Array, Array]:
             start = lax.broadcast_in_dim(hopper.load(bias.at[k], column), (ROWS, CHUNK), (1,))
@@ -150,7 +152,7 @@ def _kernel(
             def product(total: Any) -> None:
                 plgpu.wgmma(total, x, hopper.transposed(book.at[k]))
 
-            return _best(pl.run_state(product)(plgpu.ACC.init(start)))
+            return _best(pl.run_state(product)(plgpu.ACC.init(start)), one)
 
         def filled(value: float) -> Array:
             return plgpu.layout_cast(jnp.full((ROWS, PART), value, F32), wide)

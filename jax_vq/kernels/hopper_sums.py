@@ -11,32 +11,33 @@ from jax.experimental import pallas as pl
 from jax_vq.kernels import hopper
 from jax_vq.kernels.tiles import BF16, F32
 
-N_CODE = 128  # of the sums; with fewer, the rest are 0
+CHUNK = 128  # codes come in whole chunks
 TILE = 128  # tokens at once
 N_SLOT = 6  # tiles in shared memory
 N_AHEAD = 2  # tiles whose codes are read ahead of time
-N_ROW = 64  # codes of a group
-FAR = 200  # the code of a token outside
+FAR = 1024.0  # the code of a token outside
 
 
 def is_usable(n_padded: int, vectors: Array, segment_len: int) -> bool:
     """Whether `segment_sums` can run."""
     _, length, _, width = vectors.shape
-    fits = n_padded == N_CODE and vectors.dtype == BF16 and length >= TILE and segment_len % TILE == 0
+    fits = n_padded % CHUNK == 0 and vectors.dtype == BF16 and length >= TILE and segment_len % TILE == 0
     return fits and hopper.is_usable(length, width)
 
 
-def segment_sums(codes: Array, vectors: Array, segment_len: int) -> tuple[Array, Array]:
-    """`vq_sums.segment_sums` without weights: sums of 128 codes and how many tokens have each.
+def segment_sums(codes: Array, vectors: Array, n_padded: int, segment_len: int) -> tuple[Array, Array]:
+    """`vq_sums.segment_sums` without weights: sums by code, and how many tokens have each.
 
-    Two groups multiply one-hot codes, which stay in registers, with a tile of vectors; each has half of the
-    codes, and the sums in registers.
+    Two groups multiply one-hot codes, which stay in registers, with a tile of vectors; each has half of a
+    program's codes, and their sums in registers.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     batch, length, n_head, width = vectors.shape
     n_segment = pl.cdiv(length, segment_len)
-    shape = batch, n_head, n_segment, N_CODE
+    shape = batch, n_head, n_segment, n_padded
+    n_row = CHUNK if n_padded % (2 * CHUNK) == 0 else CHUNK // 2
+    n_program = batch * n_head * n_segment * (n_padded // (2 * n_row))
     shapes = jax.ShapeDtypeStruct((*shape, width), F32), jax.ShapeDtypeStruct(shape, F32)
     scratch = (
         hopper.swizzled(N_SLOT, TILE, width, dtype=BF16),
@@ -46,8 +47,8 @@ def segment_sums(codes: Array, vectors: Array, segment_len: int) -> tuple[Array,
         plgpu.Barrier(num_arrivals=2, num_barriers=N_SLOT),
         plgpu.Barrier(num_arrivals=1),
     )
-    kernel = partial(_kernel, segment_len=segment_len)
-    total, number = hopper.launch(kernel, shapes, batch * n_head * n_segment, 3, scratch)(codes, vectors)
+    kernel = partial(_kernel, segment_len=segment_len, n_row=n_row)
+    total, number = hopper.launch(kernel, shapes, n_program, 3, scratch)(codes, vectors)
     return total, number
 
 
@@ -64,14 +65,20 @@ def _kernel(
     done: Any,
     *,
     segment_len: int,
+    n_row: int,
 ) -> None:
-    """A segment of a head. Heads run fastest: programs at work together read what lies together."""
+    """Some codes of a segment of a head, `n_row` for each of two groups.
+
+    Codes run fastest, then heads: programs at work together read the same, or what lies side by side.
+    """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     wide, row, column = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
     length, n_head, width = vector_ref.shape[1:]
-    n_segment = sum_ref.shape[2]
+    n_segment, n_code = sum_ref.shape[2:4]
     program, group = lax.axis_index("program"), lax.axis_index("group")
+    n_chunk = n_code // (2 * n_row)
+    first_code, program = lax.rem(program, n_chunk) * (2 * n_row), lax.div(program, n_chunk)
     head, segment = lax.rem(program, n_head), lax.rem(lax.div(program, n_head), n_segment)
     batch = lax.div(program, n_head * n_segment)
     first = segment * segment_len
@@ -102,9 +109,11 @@ def _kernel(
             def clear() -> None:
                 codes[slot, pl.ds(2 * TILE - shift, TILE)] = filled(FAR, BF16, row, TILE)
 
-            code = jnp.where(plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=row) < shift, FAR, code)
-            codes[slot, pl.ds(TILE - shift, TILE)] = code.astype(F32).astype(BF16)
-            return jnp.maximum(is_missing, jnp.where(code == -1, 1, 0))
+            is_inside = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=row) >= shift
+            # bfloat16 has the integers up to 256, and rounds no code of another program to one of this.
+            own = jnp.where(is_inside, (code - first_code).astype(F32), FAR)
+            codes[slot, pl.ds(TILE - shift, TILE)] = own.astype(BF16)
+            return jnp.maximum(is_missing, jnp.where(is_inside & (code == -1), 1, 0))
 
         def step(i: Any, carry: Any, *, waits: bool) -> Any:
             *ahead, is_missing = carry
@@ -129,7 +138,7 @@ def _kernel(
     @pl.when(group < 2)
     def add_up() -> None:
         plgpu.set_max_registers(232, action="increase")
-        own = plgpu.broadcasted_iota(jnp.int32, (N_ROW, TILE), 0, layout=wide) + N_ROW * group
+        own = plgpu.broadcasted_iota(jnp.int32, (n_row, TILE), 0, layout=wide) + n_row * group
         own = own.astype(F32).astype(BF16)
 
         def run(total: Any) -> tuple[Array, Array]:
@@ -148,13 +157,13 @@ def _kernel(
                 plgpu.barrier_arrive(empty.at[slot])
                 return number + hot.astype(F32)
 
-            number = lax.fori_loop(0, n_tile, step, filled(0, F32, wide, N_ROW, 8))
+            number = lax.fori_loop(0, n_tile, step, filled(0, F32, wide, n_row, 8))
             return total[...], jnp.sum(number, axis=1)
 
-        total, number = pl.run_scoped(run, plgpu.ACC((N_ROW, width), F32))
+        total, number = pl.run_scoped(run, plgpu.ACC((n_row, width), F32))
         plgpu.barrier_wait(done)
         is_missing = lax.broadcast_in_dim(hopper.load(missing, column).astype(F32), own.shape, [1])
         is_missing = lax.broadcast_in_dim(jnp.max(is_missing, axis=1), total.shape, [0])
-        at = pl.ds(N_ROW * group, N_ROW)
+        at = pl.ds(first_code + n_row * group, n_row)
         sum_ref[batch, head, segment, at] = jnp.where(is_missing > 0, jnp.nan, total)
         number_ref[batch, head, segment, at] = number

@@ -22,7 +22,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jax_vq.kernels import sizes, vq_window
+from jax_vq.kernels import hopper_causal, sizes, vq_window
 from jax_vq.kernels.tiles import (
     F32,
     NARROW,
@@ -123,7 +123,12 @@ def _by_segments(query_codes: Array, keys: Keys, tables: Tables, first: Sums) ->
     sums = segment_sums(keys.codes, keys.v, n_code, each)
     mode = _modes(tables, sums, n_key_head)
     arrays = query_codes, keys.codes, keys.v, *tables[:3], *before_segments(sums, first), mode
-    results = _follow(arrays, size, padded_codes(n_code)[1], each)
+    if hopper_causal.is_usable(query_codes, keys.v, tables.weight, each):
+        coded = query_codes, keys.codes, keys.v
+        before = Sums(*arrays[-3:-1])
+        results = hopper_causal.follow(*coded, tables.weight, tables.top, before, mode, each)
+    else:
+        results = _follow(arrays, size, padded_codes(n_code)[1], each)
     out, lse = _follow(arrays, size, padded_codes(n_code)[1], each, results)
     return out, lse, sums
 

@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jax_vq.kernels import sizes
+from jax_vq.kernels import hopper_blocks, hopper_states, sizes
 from jax_vq.kernels.tiles import (
     F32,
     NARROW,
@@ -78,6 +78,9 @@ def block_states(
     tile, chunk = min(size.tile, block & -block), min(size.chunk, n_code)
     n_column = min(power_of_two(width), size.columns)
     n_part = pl.cdiv(n_code, chunk) * pl.cdiv(width, n_column)
+    by_hopper = weights is None and not is_gradient and hopper_states.is_usable(n_code, v, block)
+    if by_hopper:
+        n_part = hopper_states.n_part(n_code, width)
     step = math.lcm(block, sizes.size_of("sums", n_code).tile)
     each = sizes.segment_len(length, batch * n_head * n_part, step)
     before = first
@@ -95,17 +98,24 @@ def block_states(
         has_weights=weights is not None,
         is_gradient=is_gradient,
     )
-    shape = batch, n_head, n_segment * n_block, n_code
-    shapes = (
-        *(jax.ShapeDtypeStruct((*shape, width), v.dtype), jax.ShapeDtypeStruct(shape, F32)),
-        *(jax.ShapeDtypeStruct(x.shape, F32) for x in before),
-    )
-    run = launch(kernel, shapes, (n_segment, batch * n_head, n_part), size.n_warp, size.n_stage)
-    more = () if weights is None else (weights, numbers)
-    *states, last_sum, last_number = run(codes, v, *more, *before)
+    if by_hopper:
+        *states, last_sum, last_number = hopper_states.block_states(codes, v, *before, block, each)
+    else:
+        more = () if weights is None else (weights, numbers)
+        grid = n_segment, batch * n_head, n_part
+        shapes = _shapes(v, before, n_segment * n_block)
+        run = launch(kernel, shapes, grid, size.n_warp, size.n_stage)
+        *states, last_sum, last_number = run(codes, v, *more, *before)
     if each >= length:
         sums = Sums(last_sum - first.vectors, last_number - first.numbers)
     return States(*states), sums
+
+
+def _shapes(v: Array, before: Sums, n_block: int) -> tuple[Any, ...]:
+    """Of `States`, and of the sums after every segment."""
+    shape = *before.numbers.shape[:2], n_block, before.numbers.shape[3]
+    states = jax.ShapeDtypeStruct((*shape, v.shape[3]), v.dtype), jax.ShapeDtypeStruct(shape, F32)
+    return *states, *(jax.ShapeDtypeStruct(x.shape, F32) for x in before)
 
 
 def _states_kernel(
@@ -222,7 +232,10 @@ def block_attention(
     )
     grid = pl.cdiv(length, size.tile), batch * n_head, pl.cdiv(width, n_column)
     arrays = query_codes, key_codes, v, weight, top, *states, mode
-    found = launch(kernel, shapes, grid, size.n_warp, size.n_stage)(*arrays)
+    if hopper_blocks.is_usable(query_codes, v, weight, block):
+        found = hopper_blocks.block_attention(*arrays[:5], states, mode)
+    else:
+        found = launch(kernel, shapes, grid, size.n_warp, size.n_stage)(*arrays)
     aliases = {len(arrays): 0, len(arrays) + 1: 1}
     careful = launch(partial(kernel, contains=True), shapes, grid, size.n_warp, size.n_stage, aliases)
     out, lse = careful(*arrays, *found)

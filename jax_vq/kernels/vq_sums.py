@@ -65,7 +65,7 @@ def segment_sums(
     size = sizes.size_of(sizes.of_values("sums", vectors.dtype), n_code)
     n_padded, chunk = padded_codes(n_code)
     if weights is None and hopper_sums.is_usable(n_padded, vectors, segment_len):
-        return Sums(*hopper_sums.segment_sums(codes, vectors, segment_len))
+        return Sums(*hopper_sums.segment_sums(codes, vectors, n_padded, segment_len))
     n_column = min(power_of_two(width), size.columns)
     n_segment = pl.cdiv(length, segment_len)
     run = launch(

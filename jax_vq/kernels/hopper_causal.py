@@ -1,0 +1,241 @@
+"""Causal attention over up to 128 codes by Mosaic GPU: `vq_causal`, with its work shared out among groups.
+
+One group follows the sums by code and hands them on, with one-hot keys of a tile and the counts before it, to
+two others, which have 64 queries of the tile each. So the products of one run under the work between those
+of another.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from jax_vq.kernels import hopper
+from jax_vq.kernels.hopper_pieces import BLOCK, CHUNK, HALF, far_sum, gather, launch, near_weights, scatter
+from jax_vq.kernels.tiles import BF16, F32
+from jax_vq.kernels.vq_sums import Sums
+
+N_SLOT = 2  # tiles of values in shared memory
+N_STATE = 2  # sums there
+N_REGISTER = (
+    168,
+    152,
+    184,
+)  # of a thread: that follows the sums; of the first half of the queries; of the second
+NOTHING = -2  # the code of a key outside
+
+
+def is_usable(query_codes: Array, v: Array, weight: Array, segment_len: int) -> bool:
+    """Whether `follow` can run."""
+    _, length, _, width = v.shape
+    fits = v.dtype == weight.dtype == BF16 and query_codes.shape[1] == length
+    fits = fits and weight.shape[2] == CHUNK and segment_len % BLOCK == 0
+    return fits and hopper.is_usable(length, width)
+
+
+def follow(
+    query_codes: Array,
+    key_codes: Array,
+    v: Array,
+    weight: Array,
+    top: Array,
+    before: Sums,
+    mode: Array,
+    segment_len: int,
+) -> tuple[Array, Array]:
+    """Output and log-sum-exp of segments of mode 0; those of the others are left as they are.
+
+    Args:
+      query_codes: int32 `[B, T, H]`; key_codes: `[B, T, K]`; v: `[B, T, K, V]`.
+      weight: `[H, Cq, 128]`, top: `[H, Cq]`, of `vq_tables.Tables`.
+      before: of every segment of `segment_len` tokens.
+      mode: int32 `[B, H, S]`.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    batch, length, n_head = query_codes.shape
+    width, n_segment = v.shape[3], mode.shape[2]
+    shapes = (
+        jax.ShapeDtypeStruct((batch, length, n_head, width), v.dtype),
+        jax.ShapeDtypeStruct((batch, n_head, pl.cdiv(length, BLOCK) * BLOCK), F32),
+    )
+    scratch = (
+        hopper.swizzled(N_SLOT, BLOCK, width, dtype=BF16),
+        hopper.swizzled(CHUNK, BLOCK, dtype=BF16),
+        hopper.swizzled(N_STATE, CHUNK, width, dtype=BF16),
+        hopper.swizzled(BLOCK // HALF, HALF, width, dtype=BF16),
+        plgpu.SMEM((CHUNK,), F32),
+        plgpu.Barrier(num_arrivals=1, num_barriers=N_SLOT),
+        plgpu.Barrier(num_arrivals=2, num_barriers=N_SLOT),
+        plgpu.Barrier(num_arrivals=1),
+        plgpu.Barrier(num_arrivals=2),
+    )
+    kernel = partial(_kernel, n_query_code=weight.shape[1], segment_len=segment_len)
+    run = launch(kernel, shapes, batch * n_head * n_segment, 3, scratch)
+    rows = in_order_of_threads(weight).reshape(-1, CHUNK)
+    codes = by_head(query_codes, 0), by_head(key_codes, NOTHING)
+    out, total = run(*codes, v, rows, *before, mode)
+    return out, log_sum(total, query_codes, top)
+
+
+def by_head(codes: Array, outside: int) -> Array:
+    """`[B, T, H]` to `[B, H, T]`, with whole blocks."""
+    padding = (0, 0), (0, 0), (0, -codes.shape[1] % BLOCK)
+    return jnp.pad(jnp.swapaxes(codes, 1, 2), padding, constant_values=outside)
+
+
+def in_order_of_threads(weight: Array) -> Array:
+    """`E [H, Cq, C]` with what a thread has of a row, four pairs of 32 codes, side by side."""
+    parts = weight.reshape(*weight.shape[:2], -1, 4, 4, 2)
+    return jnp.swapaxes(parts, 3, 4).reshape(weight.shape)
+
+
+def log_sum(total: Array, query_codes: Array, top: Array) -> Array:
+    """Log-sum-exp `[B, T, H]` of sums `[B, H, T]` of weights relative to the top score of a query code."""
+    total = jnp.swapaxes(total, 1, 2)[:, : query_codes.shape[1]]
+    return top[jnp.arange(top.shape[0]), jnp.maximum(query_codes, 0)] + jnp.log(total)
+
+
+def _kernel(
+    query_ref: Any,
+    key_ref: Any,
+    v_ref: Any,
+    weight_ref: Any,
+    sum_ref: Any,
+    number_ref: Any,
+    mode_ref: Any,
+    out_ref: Any,
+    total_ref: Any,
+    v: Any,
+    hot: Any,
+    state: Any,
+    out: Any,
+    count: Any,
+    full: Any,
+    empty: Any,
+    ready: Any,
+    done: Any,
+    *,
+    n_query_code: int,
+    segment_len: int,
+) -> None:
+    """A segment of a head. Heads run fastest: programs at work together read what lies together."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    wide, row = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
+    single = plgpu.Layout.WG_STRIDED((BLOCK,), vec_size=1)
+    length, n_head, width = out_ref.shape[1:]
+    n_key_head, n_segment = v_ref.shape[2], mode_ref.shape[2]
+    program, group = lax.axis_index("program"), lax.axis_index("group")
+    head, place = lax.rem(program, n_head), lax.div(program, n_head)
+    segment, example = lax.rem(place, n_segment), lax.div(place, n_segment)
+    key_head = lax.div(head, n_head // n_key_head)
+    first = segment * segment_len
+    n_tile = lax.div(jnp.minimum(segment_len, length - first) + BLOCK - 1, BLOCK)
+    is_wanted = mode_ref[example, head, segment] == 0
+
+    def tile_at(i: Any) -> Any:
+        return pl.ds(first + i * BLOCK, BLOCK)
+
+    @pl.when((group == 0) & is_wanted)
+    def follow_sums() -> None:
+        plgpu.set_max_registers(N_REGISTER[0], action="increase")
+
+        def fetch(i: Any) -> None:
+            slot = lax.rem(i, N_SLOT)
+            plgpu.copy_gmem_to_smem(v_ref.at[example, tile_at(i), key_head], v.at[slot], full.at[slot])
+
+        def keys_of(i: Any) -> Array:
+            at = tile_at(jnp.minimum(i, n_tile - 1))
+            return hopper.load(key_ref.at[example, key_head, at], single)
+
+        for i in range(N_SLOT):
+            pl.when(i < n_tile)(partial(fetch, i))
+        hot[...] = plgpu.layout_cast(jnp.zeros((CHUNK, BLOCK), BF16), wide)
+        at = example, key_head, segment
+        sums = hopper.load(sum_ref.at[at], wide, optimized=False)
+        count[...] = hopper.load(number_ref.at[at], row, optimized=False)
+        plgpu.commit_smem()
+
+        def step(i: Any, carry: Any) -> Any:
+            sums, old, new = carry
+            slot, more = lax.rem(i, N_SLOT), keys_of(i + 1)
+            pl.when(i > 0)(partial(plgpu.barrier_wait, done))
+            scatter(counts=True)(hot, old, new, count)
+            state[lax.rem(i, N_STATE)] = sums.astype(BF16)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(ready)
+            plgpu.barrier_wait(full.at[slot])
+
+            def update(total: Any) -> None:
+                plgpu.wgmma(total, hot, v.at[slot])
+
+            sums = pl.run_state(update)(plgpu.ACC.init(sums))
+
+            @pl.when((i > 0) & (i + N_SLOT - 1 < n_tile))
+            def fetch_more() -> None:
+                plgpu.barrier_wait(empty.at[lax.rem(i + N_SLOT - 1, N_SLOT)])
+                fetch(i + N_SLOT - 1)
+
+            return sums, new, more
+
+        nobody = plgpu.layout_cast(jnp.full((BLOCK,), NOTHING, jnp.int32), single)
+        lax.fori_loop(0, n_tile, step, (sums, nobody, keys_of(0)))
+
+    def attend(half: int) -> None:
+        n_register = N_REGISTER[1 + half]
+        plgpu.set_max_registers(n_register, action="increase" if n_register > N_REGISTER[0] else "decrease")
+        n_key = (half + 1) * HALF  # that these queries see some of
+
+        def at_tile(i: Any) -> Any:
+            return pl.ds(first + i * BLOCK + half * HALF, HALF)
+
+        def queries_of(i: Any) -> tuple[Array, Array]:
+            """Codes, and their rows of `E`."""
+            at = at_tile(jnp.minimum(i, n_tile - 1))
+            code = hopper.load(query_ref.at[example, head, at], row, optimized=False)
+            return code, gather(0)(weight_ref, jnp.maximum(code, 0) + head * n_query_code)
+
+        def step(i: Any, carry: Any) -> Any:
+            code, weight = carry
+            slot = lax.rem(i, N_SLOT)
+            plgpu.barrier_wait(ready)
+
+            def weigh(near: Any) -> tuple[Array, Array]:
+                plgpu.wgmma(near, weight, hot.at[:, pl.ds(0, n_key)])
+                total = far_sum()(weight, count)
+                picked, part = near_weights(half)(plgpu.wgmma_accumulator_load(near))
+                plgpu.barrier_arrive(done)
+                return picked, total + part
+
+            picked, total = pl.run_scoped(weigh, plgpu.ACC((HALF, n_key), F32))
+            plgpu.barrier_wait(full.at[slot])
+
+            def add(result: Any) -> Array:
+                plgpu.wgmma(result, weight, state.at[lax.rem(i, N_STATE)])
+                plgpu.wgmma(result, picked, v.at[slot, pl.ds(0, n_key)])
+                found = plgpu.wgmma_accumulator_load(result)
+                plgpu.barrier_arrive(empty.at[slot])
+                return found
+
+            found = pl.run_scoped(add, plgpu.ACC((HALF, width), F32))
+            more = queries_of(
+                i + 1
+            )  # while the output is written; under a product, ptxas would have all wait
+            total = jnp.where(code < 0, jnp.nan, total)
+            found = found * lax.broadcast_in_dim(1 / total, found.shape, [0])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            out[half] = found.astype(BF16)
+            total_ref[example, head, at_tile(i)] = total
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out.at[half], out_ref.at[example, at_tile(i), head])
+            return more
+
+        lax.fori_loop(0, n_tile, step, queries_of(0))
+        plgpu.wait_smem_to_gmem(0)
+
+    pl.when((group == 1) & is_wanted)(partial(attend, 0))
+    pl.when((group == 2) & is_wanted)(partial(attend, 1))

@@ -1,0 +1,236 @@
+"""Pieces of kernels by Mosaic GPU that are written thread by thread, for what its operations lack.
+
+A group of four warps holds `[64, N]` for a product so that a thread has two rows, eight apart, as pairs of
+columns; four threads have a row. `launch` is for kernels with such pieces.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from jax_vq.kernels.tiles import BF16, F32
+from jax_vq.ops.implementations import runs
+
+HALF = 64  # rows of a product
+CHUNK = 128  # codes at once
+BLOCK = 128  # tokens at once
+
+
+def launch(body: Callable[..., None], out_shapes: Any, n_program: int, n_group: int, scratch: Any) -> Any:
+    """As `hopper.launch`, lowered for single threads."""
+    from jax.experimental.mosaic import gpu as mgpu
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    call = plgpu.kernel(
+        body,
+        out_type=out_shapes,
+        grid=(n_program,),
+        grid_names=("program",),
+        num_threads=n_group,
+        thread_name="group",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=mgpu.LoweringSemantics.Lane, approx_math=True, reduction_scratch_bytes=0
+        ),
+    )
+
+    def run(*arrays: Array) -> Any:
+        runs("mosaic_gpu")
+        with jax.enable_x64(False):
+            return call(*arrays)
+
+    return run
+
+
+def _number(x: int) -> Any:
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir import ir
+
+    return utils.c(x, ir.IntegerType.get_signless(32))
+
+
+def _address(ref: Any, offset: Any) -> Any:
+    """A pointer so many bytes behind the start of an array."""
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir import ir
+
+    return utils.getelementptr(utils.memref_ptr(ref), [offset], ir.IntegerType.get_signless(8))
+
+
+def _fragment(registers: Any, layout: Any, shape: tuple[int, ...]) -> Any:
+    from jax.experimental.mosaic import gpu as mgpu
+
+    registers = registers.reshape(layout.registers_shape(shape))
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def _sums_of_rows(parts: list[Any]) -> Any:
+    """Of a sum of each row by thread, those of four threads that share it."""
+    from jax.experimental.mosaic.gpu import fragmented_array, utils
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, vector
+
+    sums = np.empty(2, dtype=object)
+    for h, x in enumerate(parts):
+        for distance in (1, 2):
+            x = arith.addf(x, utils.shfl_bfly(x, distance))
+        sums[h] = vector.from_elements(ir.VectorType.get((1,), x.type), [x])
+    return _fragment(sums, fragmented_array.WGMMA_LAYOUT.reduce((1,)), (HALF,))
+
+
+def scatter(*, counts: bool = False) -> Any:
+    """One-hot keys in place of others: a thread clears an entry and sets one, instead of writing a column.
+
+    Of `[C, T]`, codes `[T]` that were here, and new ones; others than 0 to C - 1 are nowhere. With `counts`,
+    `[C]` float32 also takes in the codes that were here.
+    """
+    from jax.experimental.mosaic.gpu import utils
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm, vector
+
+    single = plgpu.Layout.WG_STRIDED((BLOCK,), vec_size=1)
+    tiled = plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+    @plgpu.inline_mgpu(arg_types=(tiled, single, single, *((plgpu.RefType(),) if counts else ())))
+    def run(_: Any, hot_ref: Any, old: Any, new: Any, *count_ref: Any) -> None:
+        void = ir.Type.parse("!llvm.void")
+        token = arith.remui(utils.thread_idx(), _number(BLOCK))
+        half, place = arith.shrui(token, _number(6)), arith.andi(token, _number(63))
+        for code, value in ((old, 0), (new, 0x3F80)):  # bits of 0 and 1
+            code = vector.extract(code.registers.reshape(-1)[0], [], [0])
+            is_here = arith.cmpi(arith.CmpIPredicate.ult, code, _number(CHUNK))
+            code = arith.select(is_here, code, _number(0))
+            row = arith.andi(code, _number(7))
+            tile = arith.addi(arith.shli(arith.shrui(code, _number(3)), _number(1)), half)
+            column = arith.xori(arith.shli(place, _number(1)), arith.shli(row, _number(4)))  # swizzled
+            offset = arith.addi(
+                arith.shli(tile, _number(10)), arith.addi(arith.shli(row, _number(7)), column)
+            )
+            bits = utils.c(value, ir.IntegerType.get_signless(16))
+            arguments = [_address(hot_ref, offset), bits, is_here]
+            llvm.inline_asm(void, arguments, "@$2 st.shared.b16 [$0], $1;", "r,h,b", has_side_effects=True)
+            for ref in count_ref if value == 0 else ():
+                one = utils.c(1.0, ir.F32Type.get())
+                arguments = [_address(ref, arith.shli(code, _number(2))), one, is_here]
+                ptx = "@$2 red.shared.add.f32 [$0], $1;"
+                llvm.inline_asm(void, arguments, ptx, "r,f,b", has_side_effects=True)
+
+    return run
+
+
+def gather(c: int) -> Any:
+    """A chunk of rows of `E` as a product takes them: 16 bytes at once, and nothing waits for them here.
+
+    Loads of what never changes (`nc`) would be moved to where the product is.
+    """
+    from jax.experimental.mosaic.gpu import fragmented_array, utils
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm, vector
+
+    wide, row = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), row),
+        return_type=plgpu.ShapeDtypeStruct((HALF, CHUNK), BF16, layout=wide),
+    )
+    def run(_: Any, weight_ref: Any, rows: Any) -> Any:
+        i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
+        pair, four = ir.VectorType.get((2,), ir.BF16Type.get()), llvm.StructType.get_literal([i32] * 4)
+        n_byte = 2 * ir.MemRefType(weight_ref.type).shape[1]
+        quarter = arith.andi(utils.thread_idx(), _number(3))
+        start = arith.extui(i64, arith.addi(arith.shli(quarter, _number(4)), _number(2 * CHUNK * c)))
+        registers = np.empty(CHUNK // 4, dtype=object)
+        for h, x in enumerate(rows.registers.reshape(-1)):
+            at = arith.muli(arith.extui(i64, vector.extract(x, [], [0])), utils.c(n_byte, i64))
+            address = _address(weight_ref, arith.addi(start, at))
+            for i in range(CHUNK // 32):
+                ptx = f"ld.global.v4.b32 {{$0, $1, $2, $3}}, [$4 + {64 * i}];"
+                words = llvm.inline_asm(four, [address], ptx, "=r,=r,=r,=r,l", has_side_effects=True)
+                for p in range(4):
+                    word = utils.bitcast(llvm.extractvalue(i32, words, [p]), pair)
+                    registers[2 * (4 * i + p) + h] = word
+        return _fragment(registers, fragmented_array.WGMMA_LAYOUT, (HALF, CHUNK))
+
+    return run
+
+
+def far_sum() -> Any:
+    """Weights of a chunk times counts, by row in float32: a few numbers at once, while products run."""
+    from jax.experimental.mosaic.gpu import utils
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm
+
+    wide, row = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
+
+    @plgpu.inline_mgpu(
+        arg_types=(wide, plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct((HALF,), F32, layout=row),
+    )
+    def run(_: Any, weight: Any, count_ref: Any) -> Any:
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        pair, zero = ir.VectorType.get((2,), f32), utils.c(0.0, f32)
+        start = arith.shli(arith.andi(utils.thread_idx(), _number(3)), _number(3))
+        registers, sums = weight.registers.reshape(-1), [[zero, zero], [zero, zero]]
+        for k in range(CHUNK // 8):
+            count = llvm.load(pair, _address(count_ref, arith.addi(start, _number(32 * k))), alignment=8)
+            for h in range(2):
+                bits = utils.bitcast(registers[2 * k + h], i32)
+                for j, x in enumerate((arith.shli(bits, _number(16)), arith.andi(bits, _number(-(2**16))))):
+                    number = llvm.extractelement(count, _number(j))
+                    sums[h][j] = llvm.intr_fma(arith.bitcast(f32, x), number, sums[h][j])
+        return _sums_of_rows([arith.addf(*x) for x in sums])
+
+    return run
+
+
+def near_weights(half: int) -> Any:
+    """Weights of keys in bfloat16, causal, and their sums by row in float32.
+
+    By hand, so that what a thread compares is not kept in registers for the whole kernel.
+    """
+    from jax.experimental.mosaic.gpu import fragmented_array, utils
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm, vector
+
+    wide, row, shape = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), (HALF, HALF * (half + 1))
+
+    @plgpu.inline_mgpu(
+        arg_types=(wide,),
+        return_type=(
+            plgpu.ShapeDtypeStruct(shape, BF16, layout=wide),
+            plgpu.ShapeDtypeStruct((HALF,), F32, layout=row),
+        ),
+    )
+    def run(_: Any, weight: Any) -> Any:
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        pair, zero = ir.VectorType.get((2,), ir.BF16Type.get()), utils.c(0.0, f32)
+        thread = arith.remui(utils.thread_idx(), _number(128))
+        lane, warp = arith.andi(thread, _number(31)), arith.shrui(thread, _number(5))
+        first_row = arith.addi(arith.shli(warp, _number(4)), arith.shrui(lane, _number(2)))
+        less = arith.subi(first_row, arith.shli(arith.andi(lane, _number(3)), _number(1)))
+        ahead = llvm.inline_asm(i32, [less], "mov.b32 $0, $1;", "=r,r", has_side_effects=True)
+        sums = [[zero, zero], [zero, zero]]
+        registers = np.empty(shape[1] // 4, dtype=object)
+        for k in range(shape[1] // 8):
+            for h in range(2):
+                two = [vector.extract(weight.registers.reshape(-1)[2 * k + h], [], [j]) for j in range(2)]
+                for j in range(2):
+                    last = 8 * k - HALF * half - 8 * h + j  # key less query
+                    if last > -7:
+                        is_seen = arith.cmpi(arith.CmpIPredicate.sge, ahead, _number(last))
+                        two[j] = arith.select(is_seen, two[j], zero)
+                    sums[h][j] = arith.addf(sums[h][j], two[j])
+                ptx = "cvt.rn.bf16x2.f32 $0, $1, $2;"
+                bits = llvm.inline_asm(i32, two[::-1], ptx, "=r,f,f", has_side_effects=False)
+                registers[2 * k + h] = utils.bitcast(bits, pair)
+        picked = _fragment(registers, fragmented_array.WGMMA_LAYOUT, shape)
+        return picked, _sums_of_rows([arith.addf(*x) for x in sums])
+
+    return run
