@@ -14,7 +14,20 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from jax_vq.kernels import hopper
-from jax_vq.kernels.hopper_pieces import BLOCK, CHUNK, HALF, far_sum, gather, launch, near_weights, scatter
+from jax_vq.kernels.hopper_pieces import (
+    BLOCK,
+    CHUNK,
+    HALF,
+    NOTHING,
+    by_head,
+    far_sum,
+    gather,
+    in_order_of_threads,
+    launch,
+    near_weights,
+    pick,
+    scatter,
+)
 from jax_vq.kernels.tiles import BF16, F32
 from jax_vq.kernels.vq_sums import Sums
 
@@ -25,7 +38,6 @@ N_REGISTER = (
     152,
     184,
 )  # of a thread: that follows the sums; of the first half of the queries; of the second
-NOTHING = -2  # the code of a key outside
 
 
 def is_usable(query_codes: Array, v: Array, weight: Array, segment_len: int) -> bool:
@@ -60,7 +72,7 @@ def follow(
     width, n_segment = v.shape[3], mode.shape[2]
     shapes = (
         jax.ShapeDtypeStruct((batch, length, n_head, width), v.dtype),
-        jax.ShapeDtypeStruct((batch, n_head, pl.cdiv(length, BLOCK) * BLOCK), F32),
+        *[jax.ShapeDtypeStruct((batch, n_head, pl.cdiv(length, BLOCK) * BLOCK), F32)] * 2,
     )
     scratch = (
         hopper.swizzled(N_SLOT, BLOCK, width, dtype=BF16),
@@ -75,28 +87,9 @@ def follow(
     )
     kernel = partial(_kernel, n_query_code=weight.shape[1], segment_len=segment_len)
     run = launch(kernel, shapes, batch * n_head * n_segment, 3, scratch)
-    rows = in_order_of_threads(weight).reshape(-1, CHUNK)
     codes = by_head(query_codes, 0), by_head(key_codes, NOTHING)
-    out, total = run(*codes, v, rows, *before, mode)
-    return out, log_sum(total, query_codes, top)
-
-
-def by_head(codes: Array, outside: int) -> Array:
-    """`[B, T, H]` to `[B, H, T]`, with whole blocks."""
-    padding = (0, 0), (0, 0), (0, -codes.shape[1] % BLOCK)
-    return jnp.pad(jnp.swapaxes(codes, 1, 2), padding, constant_values=outside)
-
-
-def in_order_of_threads(weight: Array) -> Array:
-    """`E [H, Cq, C]` with what a thread has of a row, four pairs of 32 codes, side by side."""
-    parts = weight.reshape(*weight.shape[:2], -1, 4, 4, 2)
-    return jnp.swapaxes(parts, 3, 4).reshape(weight.shape)
-
-
-def log_sum(total: Array, query_codes: Array, top: Array) -> Array:
-    """Log-sum-exp `[B, T, H]` of sums `[B, H, T]` of weights relative to the top score of a query code."""
-    total = jnp.swapaxes(total, 1, 2)[:, : query_codes.shape[1]]
-    return top[jnp.arange(top.shape[0]), jnp.maximum(query_codes, 0)] + jnp.log(total)
+    out, total, largest = run(*codes, v, in_order_of_threads(weight), top.reshape(-1), *before, mode)
+    return out, jnp.swapaxes(largest + jnp.log(total), 1, 2)[:, :length]
 
 
 def _kernel(
@@ -104,11 +97,13 @@ def _kernel(
     key_ref: Any,
     v_ref: Any,
     weight_ref: Any,
+    top_ref: Any,
     sum_ref: Any,
     number_ref: Any,
     mode_ref: Any,
     out_ref: Any,
     total_ref: Any,
+    largest_ref: Any,
     v: Any,
     hot: Any,
     state: Any,
@@ -193,14 +188,15 @@ def _kernel(
         def at_tile(i: Any) -> Any:
             return pl.ds(first + i * BLOCK + half * HALF, HALF)
 
-        def queries_of(i: Any) -> tuple[Array, Array]:
-            """Codes, and their rows of `E`."""
+        def queries_of(i: Any) -> tuple[Array, Array, Array]:
+            """Codes, their largest scores, and their rows of `E`."""
             at = at_tile(jnp.minimum(i, n_tile - 1))
             code = hopper.load(query_ref.at[example, head, at], row, optimized=False)
-            return code, gather(0)(weight_ref, jnp.maximum(code, 0) + head * n_query_code)
+            rows = jnp.maximum(code, 0) + head * n_query_code
+            return code, pick()(top_ref, rows), gather(0)(weight_ref, rows)
 
         def step(i: Any, carry: Any) -> Any:
-            code, weight = carry
+            code, largest, weight = carry
             slot = lax.rem(i, N_SLOT)
             plgpu.barrier_wait(ready)
 
@@ -230,6 +226,7 @@ def _kernel(
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out[half] = found.astype(BF16)
             total_ref[example, head, at_tile(i)] = total
+            largest_ref[example, head, at_tile(i)] = largest
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out.at[half], out_ref.at[example, at_tile(i), head])
             return more

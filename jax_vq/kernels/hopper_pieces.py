@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from jax_vq.kernels.tiles import BF16, F32
 from jax_vq.ops.implementations import runs
@@ -17,6 +18,7 @@ from jax_vq.ops.implementations import runs
 HALF = 64  # rows of a product
 CHUNK = 128  # codes at once
 BLOCK = 128  # tokens at once
+NOTHING = -2  # the code of a key outside
 
 
 def launch(body: Callable[..., None], out_shapes: Any, n_program: int, n_group: int, scratch: Any) -> Any:
@@ -43,6 +45,19 @@ def launch(body: Callable[..., None], out_shapes: Any, n_program: int, n_group: 
             return call(*arrays)
 
     return run
+
+
+def by_head(codes: Array, outside: int) -> Array:
+    """`[B, T, H]` to `[B, H, T]`, with whole blocks."""
+    padding = (0, 0), (0, 0), (0, -codes.shape[1] % BLOCK)
+    return jnp.pad(jnp.swapaxes(codes, 1, 2), padding, constant_values=outside)
+
+
+def in_order_of_threads(weight: Array) -> Array:
+    """`E [H, Cq, C]` as pairs, with what a thread has of a row, four pairs of 32 codes, side by side."""
+    n_code = weight.shape[2]
+    pairs = lax.bitcast_convert_type(weight.reshape(-1, n_code // 32, 4, 4, 2), jnp.uint32)
+    return jnp.swapaxes(pairs, 2, 3).reshape(-1, n_code // 2)
 
 
 def _number(x: int) -> Any:
@@ -141,7 +156,7 @@ def gather(c: int) -> Any:
     def run(_: Any, weight_ref: Any, rows: Any) -> Any:
         i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
         pair, four = ir.VectorType.get((2,), ir.BF16Type.get()), llvm.StructType.get_literal([i32] * 4)
-        n_byte = 2 * ir.MemRefType(weight_ref.type).shape[1]
+        n_byte = 4 * ir.MemRefType(weight_ref.type).shape[1]
         quarter = arith.andi(utils.thread_idx(), _number(3))
         start = arith.extui(i64, arith.addi(arith.shli(quarter, _number(4)), _number(2 * CHUNK * c)))
         registers = np.empty(CHUNK // 4, dtype=object)
@@ -155,6 +170,31 @@ def gather(c: int) -> Any:
                     word = utils.bitcast(llvm.extractvalue(i32, words, [p]), pair)
                     registers[2 * (4 * i + p) + h] = word
         return _fragment(registers, fragmented_array.WGMMA_LAYOUT, (HALF, CHUNK))
+
+    return run
+
+
+def pick() -> Any:
+    """A number of each row, from memory."""
+    from jax.experimental.mosaic.gpu import fragmented_array
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm, vector
+
+    row = plgpu.Layout.WGMMA.reduce(1)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), row),
+        return_type=plgpu.ShapeDtypeStruct((HALF,), F32, layout=row),
+    )
+    def run(_: Any, ref: Any, rows: Any) -> Any:
+        f32, i64 = ir.F32Type.get(), ir.IntegerType.get_signless(64)
+        numbers = np.empty(2, dtype=object)
+        for h, x in enumerate(rows.registers.reshape(-1)):
+            at = arith.extui(i64, arith.shli(vector.extract(x, [], [0]), _number(2)))
+            number = llvm.load(f32, _address(ref, at))
+            numbers[h] = vector.from_elements(ir.VectorType.get((1,), f32), [number])
+        return _fragment(numbers, fragmented_array.WGMMA_LAYOUT.reduce((1,)), (HALF,))
 
     return run
 
