@@ -15,13 +15,14 @@ from jax_vq.kernels.tiles import is_interpreted
 from jax_vq.ops.implementations import is_asked_for, runs
 
 WIDTHS = 64, 128  # of vectors: whole rows of what shared memory is swizzled by
+VERSION = 0, 11  # of jax, whose interface to Mosaic GPU is unstable; others run Triton's kernels
 ROWS_TOGETHER = 8  # of an array that is copied in tiles: its length is a multiple
 
 
 def is_usable(length: int, width: int) -> bool:
     """Whether a kernel of this kind can take vectors of such a shape, where none by Triton was asked for."""
-    has_pallas = jax.__version_info__ >= (0, 11) and not is_interpreted()
-    return has_pallas and not is_asked_for("triton") and fits(length, width)
+    is_known = jax.__version_info__[:2] == VERSION and not is_interpreted()
+    return is_known and not is_asked_for("triton") and fits(length, width)
 
 
 def fits(length: int, width: int) -> bool:

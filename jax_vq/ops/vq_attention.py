@@ -100,8 +100,9 @@ def vq_attention(
       code_bias: `[H]`, added to every coded score; of the dtype of q or float32.
       state: what earlier calls saw, see `VQState`; None: nothing. Causal only.
       return_state: return the state after these tokens too. Causal only.
-      implementation: 'xla'; 'triton': kernels wherever they can run, interpreted on a CPU; None: the
-        same on a GPU that they are made for, 'xla' elsewhere. `why_xla` tells what runs and why.
+      implementation: 'xla'; 'triton': Triton's kernels wherever they can run, interpreted on a CPU; None:
+        these, and faster ones by Mosaic GPU, on a GPU that they are made for, 'xla' elsewhere. `why_xla`
+        tells what runs as plain XLA, and why.
 
     Returns:
       `[B, T, H, V]` in the dtype of v; 0 for a query that sees no key. NaN or inf in a query, key
