@@ -299,6 +299,8 @@ class Session:
             self.progress.now(f"{backend} {point.curve} {point.length:,}")
             message = {"do": "measure", **point._asdict(), "max_bytes": self._max_bytes(backend)}
             answer = self.pool.ask(backend, message)
+            if answer.get("is_memory") and self._end_others(backend):
+                answer = self.pool.ask(backend, message)
             self._free[backend] = answer.get("free_bytes", self._free[backend])
         bounds = floor.record(self.job, point, self._ceilings.get(self.ledger.device(backend)))
         self.ledger.add(backend, point, self.verified.get(key, {}), bounds, answer)
@@ -311,6 +313,15 @@ class Session:
         if answer.get("is_memory"):
             self._no_memory[key] = min(point.length, self._no_memory.get(key, point.length))
         self.progress.point(f"{label}  {answer['status']}: {answer['reason']}")
+
+    def _end_others(self, backend: str) -> bool:
+        """End the processes of other backends on the same GPU, which keep memory that they used once."""
+        others = [other for other in self.options.backends if other != backend]
+        if not others or self.ledger.devices[backend][0] == "cpu":
+            return False
+        for other in others:
+            self.pool.end(other)
+        return True
 
     def _reason_to_skip(self, key: Key, backend: str, point: Point) -> str | None:
         reason = registry.unsupported(backend, self.job, point) or self.unavailable.get(key)

@@ -295,6 +295,34 @@ def test_an_out_of_memory_is_recorded_and_ends_its_curve_alone(tmp_path: Path, f
     assert "failed at 64" in (tmp_path / "scaling.md").read_text()
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_another_backend_keeps_of_a_gpu_is_taken_back(
+    tmp_path: Path, fake: Any, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory beside the other process, and measured without it."""
+    alive: set[str] = set()
+
+    class Sharing(fake):
+        def __init__(self, setup: dict[str, Any]) -> None:
+            super().__init__(setup)
+            self.answers[0]["device"] = device
+            alive.add(self.backend)
+
+        def close(self) -> None:
+            alive.discard(self.backend)
+
+        def _measure(self, **point: Any) -> Any:
+            if point["length"] == 256 and len(alive) > 1 and self.backend == "torch":
+                return {"status": "failed", "reason": "out of memory: 9 GiB", "is_memory": True}
+            return super()._measure(**point)
+
+    both = options(tmp_path, mechanisms=("exact",), backends=("jax", "torch"))
+    assert runner.run(both, Sharing) == 0
+    (record,) = of(tmp_path, backend="torch", length=256)
+    assert record["status"] == ("failed" if device == "cpu" else "ok")
+    assert len(of(tmp_path, backend="jax", status="ok")) == 3
+
+
 def test_a_worker_that_dies_is_replaced(tmp_path: Path, fake: Any) -> None:
     fake.mishaps = {("vq_qk", 64): ChildDied("killed by SIGSEGV")}
     assert runner.run(options(tmp_path), fake) == 0

@@ -148,9 +148,7 @@ def _kernel(
                 codes[slot, pl.ds(2 * TILE - shift, TILE)] = far
 
             is_before = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=row) < shift
-            code = jnp.where(
-                is_before, FAR, code - first_code
-            )  # of another chunk: maybe rounded, but outside
+            code = jnp.where(is_before, FAR, code - first_code)  # of another chunk: rounded, but outside
             codes[slot, pl.ds(TILE - shift, TILE)] = code.astype(F32).astype(BF16)
 
         def step(i: Any, ahead: Any, *, waits: bool) -> Any:
