@@ -17,6 +17,7 @@ from bench.on_jax import Backend
 from jax_vq.kernels import quantize, sizes, vq_causal, vq_causal_grad, vq_full, vq_sums, vq_tables
 from jax_vq.kernels.sizes import Row, Size
 from jax_vq.kernels.tiles import power_of_two
+from jax_vq.ops import implementations
 from jax_vq.ops.vq_blocks import Form, Keys
 from jax_vq.ops.vq_causal import Books, Queries
 from jax_vq.ops.vq_state import empty_state, find_documents
@@ -166,9 +167,9 @@ def attempts(call: Call, tried: list[Size], target: Any, backend: Backend) -> It
 
 
 def _lowered(call: Call, size: Size) -> Any:
-    """A call for a size, or why it has none."""
+    """A call for a size by Triton's kernels, which alone have sizes to choose; or why it has none."""
     try:
-        with sizes.trying(call.kernel, size):
+        with implementations.asking("triton"), sizes.trying(call.kernel, size):
             return jax.jit(lambda *arrays: call.run(*arrays)).lower(*call.arrays)
     except (ValueError, NotImplementedError) as error:
         return measure.first_line(str(error))

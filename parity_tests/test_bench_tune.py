@@ -10,6 +10,8 @@ import pytest
 from bench import tuning
 from bench.__main__ import main
 from jax_vq.kernels import sizes, vq_full
+from jax_vq.kernels.sizes import Size
+from jax_vq.ops import implementations
 
 QUICK = ["tune", "--quick", "--kernel", "answer"]
 
@@ -72,3 +74,15 @@ def test_a_size_is_of_the_least_row_that_is_enough() -> None:
     with sizes.trying("codes", rows[large]):
         assert sizes.size_of("codes", 3) == rows[large]
     assert sizes.size_of("codes", 3) == rows[small]
+
+
+def test_sizes_are_tried_with_triton_alone() -> None:
+    """Kernels by Mosaic GPU have none: beside them any size would win."""
+    seen = []
+
+    def step(x: jax.Array) -> jax.Array:
+        seen.append(implementations.is_asked_for("triton"))
+        return x
+
+    tuning._lowered(tuning.Call("codes", 128, step, (jnp.ones(1),)), Size(64, 128, 128, 4, 1))
+    assert seen == [True]

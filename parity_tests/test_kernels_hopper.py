@@ -12,7 +12,18 @@ import numpy as np
 import pytest
 
 import jax_vq
-from jax_vq.kernels import hopper, hopper_codes, hopper_sums, quantize, sizes, tiles, vq_sums
+from jax_vq.kernels import (
+    hopper,
+    hopper_blocks,
+    hopper_causal,
+    hopper_codes,
+    hopper_states,
+    hopper_sums,
+    quantize,
+    sizes,
+    tiles,
+    vq_sums,
+)
 from jax_vq.ops import implementations
 from parity_tests.support import assert_close, assert_gradient_close, to_jax, to_numpy
 from parity_tests.vq_calls import differentiable, optional
@@ -82,6 +93,31 @@ def test_shapes_of_codes(x: Any, n_code: int, is_usable: bool) -> None:
 )
 def test_shapes_of_sums(vectors: Any, n_code: int, segment_len: int, is_usable: bool) -> None:
     assert hopper_sums.is_usable(n_code, vectors, segment_len) == is_usable
+
+
+@pytest.mark.usefixtures("is_compiled")
+@pytest.mark.parametrize(
+    "x, n_code, block, usable",
+    [
+        (shape(), 128, 128, {"causal", "states"}),
+        (shape(length=136, width=64), 512, 128, {"states", "blocks"}),
+        (shape(), 384, 128, {"states", "blocks"}),
+        (shape(), 512, 256, {"states"}),
+        (shape(), 640, 128, {"states"}),
+        (shape(), 512, 192, set()),
+        (shape(length=257), 512, 128, set()),
+        (shape(width=32), 128, 128, set()),
+        (shape(dtype=jnp.float32), 128, 128, set()),
+    ],
+)
+def test_shapes_of_attention(x: Any, n_code: int, block: int, usable: set[str]) -> None:
+    codes, weight = jnp.zeros(x.shape[:3], jnp.int32), jax.ShapeDtypeStruct((3, 100, n_code), x.dtype)
+    found = {
+        "causal": hopper_causal.is_usable(codes, x, weight, block),
+        "states": hopper_states.is_usable(n_code, x, block),
+        "blocks": hopper_blocks.is_usable(codes, x, weight, block),
+    }
+    assert {name for name, is_usable in found.items() if is_usable} == usable
 
 
 def test_triton_alone_runs_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

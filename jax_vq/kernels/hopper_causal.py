@@ -218,9 +218,8 @@ def _kernel(
                 return found
 
             found = pl.run_scoped(add, plgpu.ACC((HALF, width), F32))
-            more = queries_of(
-                i + 1
-            )  # while the output is written; under a product, ptxas would have all wait
+            # While the output is written: under a product, ptxas would have all products wait.
+            more = queries_of(i + 1)
             total = jnp.where(code < 0, jnp.nan, total)
             found = found * lax.broadcast_in_dim(1 / total, found.shape, [0])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)

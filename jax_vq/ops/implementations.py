@@ -3,7 +3,8 @@
 A step is a function of this package; a kernel takes its name, its arguments and its results.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ CAPABILITY = "9.0"  # of the GPUs that the kernels are made for
 
 _KERNELS: dict[str, Callable[[], Kernel | None]] = {}
 _LISTENERS: list["Heard"] = []
-_ASKED: list[str | None] = []  # for by the calls of the kernels that are being traced
+_ASKED: list[str | None] = []  # by the calls whose kernels are being traced, the innermost last
 
 
 def add_kernel(step: str, load: Callable[[], Kernel | None]) -> None:
@@ -59,11 +60,8 @@ def run(asked: str | None, step: str, plain: Callable[..., Any], *arguments: Any
         return plain(*arguments)
 
     def by_kernel(*_: Any) -> Any:
-        _ASKED.append(asked)
-        try:
+        with asking(asked):
             return kernel.run(*arguments)
-        finally:
-            _ASKED.pop()
 
     if jax.default_backend() == "cpu":
         return by_kernel()
@@ -86,6 +84,16 @@ def runs(name: str) -> None:
     """Say that what is being traced runs by this."""
     for heard in _LISTENERS:
         heard.names.add(name)
+
+
+@contextmanager
+def asking(name: str | None) -> Iterator[None]:
+    """Have kernels that are traced meanwhile run for a call that asked for an implementation."""
+    _ASKED.append(name)
+    try:
+        yield
+    finally:
+        _ASKED.pop()
 
 
 def is_asked_for(name: str) -> bool:
