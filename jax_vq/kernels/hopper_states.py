@@ -16,10 +16,9 @@ from jax_vq.kernels.tiles import BF16, F32
 
 TILE = 128  # tokens at once
 N_SIDE = 64  # codes and columns of a group
-N_GROUP = 2  # that multiply
-N_COLUMN = 64  # of a program: its groups have other codes, or with 128 other columns
-N_CODE = N_GROUP * N_SIDE  # of a multiple of which sums are taken
-N_SLOT = 6  # halves of 128 columns in shared memory
+N_GROUP = 2  # that multiply, with codes of their own
+N_CODE = N_GROUP * N_SIDE  # of a program
+N_SLOT = 6  # tiles in shared memory
 N_AHEAD = 4  # tiles whose codes are read ahead of time
 N_OUT = 3  # sums of a group that are on their way to memory
 FAR = 200  # the code of a token outside
@@ -63,19 +62,17 @@ def block_states(
     batch, length, n_head, width = v.shape
     n_segment, n_code = first_numbers.shape[2:]
     n_block = n_segment * pl.cdiv(segment_len or length, block)
-    n_side = N_COLUMN // N_SIDE
-    n_slot = N_SLOT if n_side == 1 else 4
     shapes = (
         jax.ShapeDtypeStruct((batch * n_head * n_block * n_code, width), BF16),
         jax.ShapeDtypeStruct((batch, n_head, n_block, n_code), F32),
         *(jax.ShapeDtypeStruct(x.shape, F32) for x in (first_vectors, first_numbers)),
     )
     scratch = (
-        hopper.swizzled(n_slot, n_side, TILE, N_SIDE, dtype=BF16),
+        hopper.swizzled(N_SLOT, TILE, N_SIDE, dtype=BF16),
         hopper.swizzled(N_GROUP * N_OUT, N_SIDE, N_SIDE, dtype=BF16),
-        plgpu.SMEM((n_slot, 3 * TILE), BF16),
-        plgpu.Barrier(num_arrivals=1 + n_side, num_barriers=n_slot),
-        plgpu.Barrier(num_arrivals=N_GROUP, num_barriers=n_slot),
+        plgpu.SMEM((N_SLOT, 3 * TILE), BF16),
+        plgpu.Barrier(num_arrivals=2, num_barriers=N_SLOT),
+        plgpu.Barrier(num_arrivals=N_GROUP, num_barriers=N_SLOT),
     )
     each = pl.cdiv(segment_len or length, TILE)
     kernel = partial(_kernel, each=each, n_together=block // TILE)
@@ -112,8 +109,7 @@ def _kernel(
     wide, row, column = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
     length, n_head, width = vector_ref.shape[1:]
     n_block, n_code = number_ref.shape[2:]
-    n_segment, (n_slot, n_side) = last_ref.shape[2], vectors.shape[:2]
-    n_chunk, n_part = n_code * n_side // N_CODE, width // (n_side * N_SIDE)
+    n_segment, n_chunk, n_part = last_ref.shape[2], n_code // N_CODE, width // N_SIDE
     program, group = lax.axis_index("program"), lax.axis_index("group")
     chunk, part = lax.rem(program, n_chunk), lax.rem(lax.div(program, n_chunk), n_part)
     place = lax.div(program, n_chunk * n_part)
@@ -121,16 +117,15 @@ def _kernel(
     batch = lax.div(place, n_head * n_segment)
     first = segment * each
     n_tile = jnp.minimum(each, pl.cdiv(length, TILE) - first)
-    first_code, first_column = chunk * (N_CODE // n_side), part * (n_side * N_SIDE)
+    first_code, columns = chunk * N_CODE, pl.ds(part * N_SIDE, N_SIDE)
 
     @pl.when(group == N_GROUP)
     def fetch_all() -> None:
         plgpu.set_max_registers(80, action="decrease")
 
         def fetch(i: Any, slot: Any) -> None:
-            for side in range(n_side):
-                at = pl.ds((first + i) * TILE, TILE), head, pl.ds(first_column + side * N_SIDE, N_SIDE)
-                plgpu.copy_gmem_to_smem(vector_ref.at[batch, *at], vectors.at[slot, side], full.at[slot])
+            at = pl.ds((first + i) * TILE, TILE)
+            plgpu.copy_gmem_to_smem(vector_ref.at[batch, at, head, columns], vectors.at[slot], full.at[slot])
 
         def read(i: Any) -> Array:
             """Codes of a tile; at the end of the sequence, of its last whole tile."""
@@ -152,7 +147,7 @@ def _kernel(
             codes[slot, pl.ds(TILE - shift, TILE)] = code.astype(F32).astype(BF16)
 
         def step(i: Any, ahead: Any, *, waits: bool) -> Any:
-            slot = lax.rem(i, n_slot)
+            slot = lax.rem(i, N_SLOT)
             more = read(i + N_AHEAD)
             if waits:
                 plgpu.barrier_wait(empty.at[slot])
@@ -161,20 +156,18 @@ def _kernel(
             plgpu.barrier_arrive(full.at[slot])
             return *ahead[1:], more
 
-        for slot in range(n_slot):
+        for slot in range(N_SLOT):
             pl.when(slot < n_tile)(partial(fetch, slot, slot))
-        n_first = jnp.minimum(n_tile, n_slot)
+        n_first = jnp.minimum(n_tile, N_SLOT)
         ahead = lax.fori_loop(0, n_first, partial(step, waits=False), tuple(map(read, range(N_AHEAD))))
         lax.fori_loop(n_first, n_tile, partial(step, waits=True), ahead)
 
     @pl.when(group < N_GROUP)
     def add_up() -> None:
         plgpu.set_max_registers(208, action="increase")
-        side = lax.rem(group, n_side)
-        own_code = 0 if n_side > 1 else N_SIDE * group  # in the chunk
+        own_code = N_SIDE * group  # in the chunk
         rows = pl.ds(first_code + own_code, N_SIDE)
-        columns = pl.ds(first_column + side * N_SIDE, N_SIDE)
-        counts = (part == 0) & (side == 0)
+        counts = part == 0
         own = plgpu.broadcasted_iota(jnp.int32, (N_SIDE, TILE), 0, layout=wide) + own_code
         own = own.astype(F32).astype(BF16)
         first_number = hopper.load(first_number_ref.at[batch, head, segment, rows], row, optimized=False)
@@ -187,7 +180,7 @@ def _kernel(
                 return first_number + jnp.sum(number, axis=1)
 
             def hot_codes(i: Any) -> Array:
-                slot = lax.rem(i, n_slot)
+                slot = lax.rem(i, N_SLOT)
                 pl.when(i < n_tile)(lambda: plgpu.barrier_wait(full.at[slot]))
                 code = hopper.load(codes.at[slot, pl.ds(TILE, TILE)], column)
                 code = lax.broadcast_in_dim(code, own.shape, [1])
@@ -213,9 +206,9 @@ def _kernel(
 
             def step(i: Any, carry: Any) -> Any:
                 number, hot = carry
-                slot = lax.rem(i, n_slot)
+                slot = lax.rem(i, N_SLOT)
                 state = total[...].astype(BF16)
-                plgpu.wgmma(total, hot, vectors.at[slot, side])
+                plgpu.wgmma(total, hot, vectors.at[slot])
                 when_first(i, partial(write_state, i, state))
                 more, before = hot_codes(i + 1), number
                 while hot.shape[1] > 8:  # counts up to 16, which bfloat16 has
