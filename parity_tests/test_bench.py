@@ -296,9 +296,7 @@ def test_an_out_of_memory_is_recorded_and_ends_its_curve_alone(tmp_path: Path, f
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_what_another_backend_keeps_of_a_gpu_is_taken_back(
-    tmp_path: Path, fake: Any, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_another_backend_keeps_of_a_gpu_is_taken_back(tmp_path: Path, fake: Any, device: str) -> None:
     """Out of memory beside the other process, and measured without it."""
     alive: set[str] = set()
 

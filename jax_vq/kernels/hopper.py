@@ -4,15 +4,15 @@ A program of such a kernel has several groups of four warps: one fetches tiles i
 time, the others multiply, so that no product waits for memory or for another group's work between products.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
-from jax_vq.kernels.tiles import is_interpreted
-from jax_vq.ops.implementations import is_asked_for, runs
+from jax_vq.kernels.tiles import is_interpreted, without_64_bits
+from jax_vq.ops.implementations import is_asked_for
 
 WIDTHS = 64, 128  # of vectors: whole rows of what shared memory is swizzled by
 VERSION = 0, 11  # of jax, whose interface to Mosaic GPU is unstable; others run Triton's kernels
@@ -36,15 +36,21 @@ def launch(
     n_program: int,
     n_group: int,
     scratch: Any,
+    *,
+    by_thread: bool = False,
 ) -> Callable[..., Any]:
     """A kernel as a function of its input arrays, made without 64-bit types.
 
     Args:
       body: takes references to the arrays, the results and `scratch`; the axes "program" and "group" tell
         which group of four warps it runs in.
+      by_thread: lowered for single threads, as `hopper_pieces` are written for.
     """
+    from jax.experimental.mosaic import gpu as mgpu
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    lane = mgpu.LoweringSemantics.Lane
+    params = plgpu.CompilerParams(lowering_semantics=lane, approx_math=True, reduction_scratch_bytes=0)
     call = plgpu.kernel(
         body,
         out_type=out_shapes,
@@ -53,30 +59,39 @@ def launch(
         num_threads=n_group,
         thread_name="group",
         scratch_types=scratch,
+        compiler_params=params if by_thread else None,
     )
+    return without_64_bits("mosaic_gpu", call)
 
-    def run(*arrays: Array) -> Any:
-        runs("mosaic_gpu")
-        with jax.enable_x64(False):
-            return call(*arrays)
 
-    return run
+def swizzle() -> tuple[Any, Any]:
+    """How a matrix lies in shared memory that a product reads."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
 
 
 def swizzled(*shape: int, dtype: Any) -> Any:
     """Shared memory for matrices `[..., rows, columns]` that a product reads."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    return plgpu.SMEM(shape, dtype, transforms=swizzle())
+
+
+def filled(shape: tuple[int, ...], value: float, dtype: Any, layout: Any) -> Array:
+    """An array of one value in registers."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    array: Array = plgpu.layout_cast(jnp.full(shape, value, dtype), layout)
+    return array
 
 
 def load(ref: Any, layout: Any, **options: Any) -> Array:
     """`plgpu.load`, whose index is an argument up to jax 0.10."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    has_index = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
-    return plgpu.load(ref, *(((),) if has_index else ()), layout=layout, **options)
+    index = ((),) if jax.__version_info__ < (0, 11) else ()
+    return plgpu.load(ref, *index, layout=layout, **options)
 
 
 def transposed(ref: Any) -> Any:

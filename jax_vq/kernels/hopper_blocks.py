@@ -6,26 +6,13 @@ Rows of `E` go from memory to the registers that products take them from, while 
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from jax_vq.kernels import hopper, sizes
-from jax_vq.kernels.hopper_pieces import (
-    BLOCK,
-    CHUNK,
-    HALF,
-    NOTHING,
-    by_head,
-    far_sum,
-    gather,
-    in_order_of_threads,
-    launch,
-    near_weights,
-    pick,
-    scatter,
-)
+from jax_vq.kernels import hopper_pieces as pieces
+from jax_vq.kernels.hopper_pieces import BLOCK, CHUNK, HALF, NOTHING
 from jax_vq.kernels.tiles import BF16, F32
 
 MAX_CODES = 512
@@ -55,15 +42,12 @@ def block_attention(
     batch, length, n_head = query_codes.shape
     width = v.shape[3]
     n_block = -(-length // BLOCK)
-    shapes = (
-        jax.ShapeDtypeStruct((batch, length, n_head, width), v.dtype),
-        *[jax.ShapeDtypeStruct((batch, n_head, n_block * BLOCK), F32)] * 2,
-    )
+    shapes = pieces.result_shapes(query_codes, v)
     arrays = (
-        by_head(query_codes, 0),
-        by_head(key_codes, NOTHING),
+        pieces.by_head(query_codes, 0),
+        pieces.by_head(key_codes, NOTHING),
         v,
-        in_order_of_threads(weight),
+        pieces.in_order_of_threads(weight),
         top.reshape(-1),
         states.vectors.reshape(-1, width),
         states.numbers.reshape(-1),
@@ -84,8 +68,8 @@ def block_attention(
         plgpu.Barrier(num_arrivals=1),
         plgpu.Barrier(num_arrivals=2),
     )
-    out, total, largest = launch(kernel, shapes, n_program, 3, scratch)(*arrays)
-    return out, jnp.swapaxes(largest + jnp.log(total), 1, 2)[:, :length]
+    out, total, largest = hopper.launch(kernel, shapes, n_program, 3, scratch, by_thread=True)(*arrays)
+    return out, pieces.log_sum_exp(total, largest, length)
 
 
 def _kernel(
@@ -159,8 +143,8 @@ def _kernel(
 
         fetch_state(0, 0, 0)
         for slot in range(N_HOT):
-            hot[slot] = plgpu.layout_cast(jnp.zeros((CHUNK, BLOCK), BF16), wide)
-        nobody = plgpu.layout_cast(jnp.full((BLOCK,), NOTHING, jnp.int32), single)
+            hot[slot] = hopper.filled((CHUNK, BLOCK), 0, BF16, wide)
+        nobody = hopper.filled((BLOCK,), NOTHING, jnp.int32, single)
 
         def step(i: Any, keys: Any) -> Any:
             last, key = keys
@@ -174,7 +158,7 @@ def _kernel(
                     plgpu.barrier_wait(empty.at[slot])
                 old = c - N_HOT  # the chunk of the keys that were here
                 was = key - old * CHUNK if old >= 0 else last - (old + n_chunk) * CHUNK
-                scatter()(hot.at[slot], was, key - c * CHUNK)
+                pieces.scatter()(hot.at[slot], was, key - c * CHUNK)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(has_hot.at[slot])
                 then = lax.rem(k + 1, N_STATE)
@@ -201,13 +185,13 @@ def _kernel(
             return code, jnp.maximum(code, 0) + head * n_query_code
 
         def rows_of(rows: Array, c: int) -> Array:
-            return gather(c)(weight_ref, rows)
+            return pieces.gather(c)(weight_ref, rows)
 
         def step(i: Any, carry: Any) -> Any:
             code, rows, weight = carry
             example, head, block = place_of(i)
             more, more_rows = queries_of(i + 1)
-            largest = pick()(top_ref, rows)
+            largest = pieces.pick()(top_ref, rows)
 
             def attend_block(near: Any, far: Any) -> tuple[Array, Array, Array]:
                 total, weights = None, weight
@@ -223,10 +207,10 @@ def _kernel(
                     plgpu.wgmma(near, weights, hot.at[hot_slot, :, pl.ds(0, n_key)])
                     plgpu.barrier_wait(has_state.at[slot])
                     plgpu.wgmma(far, weights, state.at[slot])
-                    part = far_sum()(weights, count.at[slot])
+                    part = pieces.far_sum()(weights, count.at[slot])
                     total = part if total is None else total + part
                     weights = more_weights
-                picked, part = near_weights(half)(plgpu.wgmma_accumulator_load(near, wait_n=1))
+                picked, part = pieces.near_weights(half)(plgpu.wgmma_accumulator_load(near, wait_n=1))
                 plgpu.barrier_wait(has_v)
                 plgpu.wgmma(far, picked, v.at[pl.ds(0, n_key)])
                 plgpu.wgmma_wait(1)
@@ -237,11 +221,8 @@ def _kernel(
 
             accumulators = plgpu.ACC((HALF, n_key), F32), plgpu.ACC((HALF, width), F32)
             result, total, weight = pl.run_scoped(attend_block, *accumulators)
-            total = jnp.where(code < 0, jnp.nan, total)
-            result = result * lax.broadcast_in_dim(1 / total, result.shape, [0])
+            total = pieces.prepare_rows(out.at[half], code, result, total)
             at = pl.ds(block * BLOCK + half * HALF, HALF)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out[half] = result.astype(BF16)
             total_ref[example, head, at] = total
             largest_ref[example, head, at] = largest
             plgpu.commit_smem()

@@ -8,36 +8,20 @@ of another.
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from jax_vq.kernels import hopper
-from jax_vq.kernels.hopper_pieces import (
-    BLOCK,
-    CHUNK,
-    HALF,
-    NOTHING,
-    by_head,
-    far_sum,
-    gather,
-    in_order_of_threads,
-    launch,
-    near_weights,
-    pick,
-    scatter,
-)
+from jax_vq.kernels import hopper_pieces as pieces
+from jax_vq.kernels.hopper_pieces import BLOCK, CHUNK, HALF, NOTHING
 from jax_vq.kernels.tiles import BF16, F32
 from jax_vq.kernels.vq_sums import Sums
 
 N_SLOT = 2  # tiles of values in shared memory
 N_STATE = 2  # sums there
-N_REGISTER = (
-    168,
-    152,
-    184,
-)  # of a thread: that follows the sums; of the first half of the queries; of the second
+# Registers of a thread: that follows the sums, of the first half of the queries, of the second.
+N_REGISTER = 168, 152, 184
 
 
 def is_usable(query_codes: Array, v: Array, weight: Array, segment_len: int) -> bool:
@@ -70,10 +54,7 @@ def follow(
 
     batch, length, n_head = query_codes.shape
     width, n_segment = v.shape[3], mode.shape[2]
-    shapes = (
-        jax.ShapeDtypeStruct((batch, length, n_head, width), v.dtype),
-        *[jax.ShapeDtypeStruct((batch, n_head, pl.cdiv(length, BLOCK) * BLOCK), F32)] * 2,
-    )
+    shapes = pieces.result_shapes(query_codes, v)
     scratch = (
         hopper.swizzled(N_SLOT, BLOCK, width, dtype=BF16),
         hopper.swizzled(CHUNK, BLOCK, dtype=BF16),
@@ -86,10 +67,10 @@ def follow(
         plgpu.Barrier(num_arrivals=2),
     )
     kernel = partial(_kernel, n_query_code=weight.shape[1], segment_len=segment_len)
-    run = launch(kernel, shapes, batch * n_head * n_segment, 3, scratch)
-    codes = by_head(query_codes, 0), by_head(key_codes, NOTHING)
-    out, total, largest = run(*codes, v, in_order_of_threads(weight), top.reshape(-1), *before, mode)
-    return out, jnp.swapaxes(largest + jnp.log(total), 1, 2)[:, :length]
+    run = hopper.launch(kernel, shapes, batch * n_head * n_segment, 3, scratch, by_thread=True)
+    codes = pieces.by_head(query_codes, 0), pieces.by_head(key_codes, NOTHING)
+    out, total, largest = run(*codes, v, pieces.in_order_of_threads(weight), top.reshape(-1), *before, mode)
+    return out, pieces.log_sum_exp(total, largest, length)
 
 
 def _kernel(
@@ -149,7 +130,7 @@ def _kernel(
 
         for i in range(N_SLOT):
             pl.when(i < n_tile)(partial(fetch, i))
-        hot[...] = plgpu.layout_cast(jnp.zeros((CHUNK, BLOCK), BF16), wide)
+        hot[...] = hopper.filled((CHUNK, BLOCK), 0, BF16, wide)
         at = example, key_head, segment
         sums = hopper.load(sum_ref.at[at], wide, optimized=False)
         count[...] = hopper.load(number_ref.at[at], row, optimized=False)
@@ -159,7 +140,7 @@ def _kernel(
             sums, old, new = carry
             slot, more = lax.rem(i, N_SLOT), keys_of(i + 1)
             pl.when(i > 0)(partial(plgpu.barrier_wait, done))
-            scatter(counts=True)(hot, old, new, count)
+            pieces.scatter(counts=True)(hot, old, new, count)
             state[lax.rem(i, N_STATE)] = sums.astype(BF16)
             plgpu.commit_smem()
             plgpu.barrier_arrive(ready)
@@ -177,7 +158,7 @@ def _kernel(
 
             return sums, new, more
 
-        nobody = plgpu.layout_cast(jnp.full((BLOCK,), NOTHING, jnp.int32), single)
+        nobody = hopper.filled((BLOCK,), NOTHING, jnp.int32, single)
         lax.fori_loop(0, n_tile, step, (sums, nobody, keys_of(0)))
 
     def attend(half: int) -> None:
@@ -193,7 +174,7 @@ def _kernel(
             at = at_tile(jnp.minimum(i, n_tile - 1))
             code = hopper.load(query_ref.at[example, head, at], row, optimized=False)
             rows = jnp.maximum(code, 0) + head * n_query_code
-            return code, pick()(top_ref, rows), gather(0)(weight_ref, rows)
+            return code, pieces.pick()(top_ref, rows), pieces.gather(0)(weight_ref, rows)
 
         def step(i: Any, carry: Any) -> Any:
             code, largest, weight = carry
@@ -202,8 +183,8 @@ def _kernel(
 
             def weigh(near: Any) -> tuple[Array, Array]:
                 plgpu.wgmma(near, weight, hot.at[:, pl.ds(0, n_key)])
-                total = far_sum()(weight, count)
-                picked, part = near_weights(half)(plgpu.wgmma_accumulator_load(near))
+                total = pieces.far_sum()(weight, count)
+                picked, part = pieces.near_weights(half)(plgpu.wgmma_accumulator_load(near))
                 plgpu.barrier_arrive(done)
                 return picked, total + part
 
@@ -220,10 +201,7 @@ def _kernel(
             found = pl.run_scoped(add, plgpu.ACC((HALF, width), F32))
             # While the output is written: under a product, ptxas would have all products wait.
             more = queries_of(i + 1)
-            total = jnp.where(code < 0, jnp.nan, total)
-            found = found * lax.broadcast_in_dim(1 / total, found.shape, [0])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out[half] = found.astype(BF16)
+            total = pieces.prepare_rows(out.at[half], code, found, total)
             total_ref[example, head, at_tile(i)] = total
             largest_ref[example, head, at_tile(i)] = largest
             plgpu.commit_smem()

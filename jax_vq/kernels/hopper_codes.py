@@ -154,9 +154,6 @@ def _kernel(
 
             return _best(pl.run_state(product)(plgpu.ACC.init(start)), one)
 
-        def filled(value: float) -> Array:
-            return plgpu.layout_cast(jnp.full((ROWS, PART), value, F32), wide)
-
         def merge(k: Any, known: Any, x: Array) -> Any:
             best, second, offset = known
             new, new_second = of_chunk(x, k)
@@ -176,7 +173,7 @@ def _kernel(
             if n_chunk == 1:
                 (best, second), offset = of_chunk(x, 0), None
             else:  # a loop: unrolled, biases are read too early, and registers do not last
-                start = filled(-jnp.inf), filled(-jnp.inf), filled(0)
+                start = tuple(hopper.filled((ROWS, PART), x, F32, wide) for x in (-jnp.inf, -jnp.inf, 0))
                 best, second, offset = lax.fori_loop(0, n_chunk, partial(merge, x=x), start)
             # Of the eight that are left a thread has two, and four threads have a vector.
             best = _float(_bits(best) | plgpu.broadcasted_iota(jnp.int32, best.shape, 1, layout=wide))

@@ -1,10 +1,9 @@
 """Pieces of kernels by Mosaic GPU that are written thread by thread, for what its operations lack.
 
 A group of four warps holds `[64, N]` for a product so that a thread has two rows, eight apart, as pairs of
-columns; four threads have a row. `launch` is for kernels with such pieces.
+columns; four threads have a row. Kernels with such pieces are launched `by_thread`.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jax_vq.kernels import hopper
 from jax_vq.kernels.tiles import BF16, F32
-from jax_vq.ops.implementations import runs
 
 HALF = 64  # rows of a product
 CHUNK = 128  # codes at once
@@ -21,36 +20,33 @@ BLOCK = 128  # tokens at once
 NOTHING = -2  # the code of a key outside
 
 
-def launch(body: Callable[..., None], out_shapes: Any, n_program: int, n_group: int, scratch: Any) -> Any:
-    """As `hopper.launch`, lowered for single threads."""
-    from jax.experimental.mosaic import gpu as mgpu
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    call = plgpu.kernel(
-        body,
-        out_type=out_shapes,
-        grid=(n_program,),
-        grid_names=("program",),
-        num_threads=n_group,
-        thread_name="group",
-        scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=mgpu.LoweringSemantics.Lane, approx_math=True, reduction_scratch_bytes=0
-        ),
-    )
-
-    def run(*arrays: Array) -> Any:
-        runs("mosaic_gpu")
-        with jax.enable_x64(False):
-            return call(*arrays)
-
-    return run
-
-
 def by_head(codes: Array, outside: int) -> Array:
     """`[B, T, H]` to `[B, H, T]`, with whole blocks."""
     padding = (0, 0), (0, 0), (0, -codes.shape[1] % BLOCK)
     return jnp.pad(jnp.swapaxes(codes, 1, 2), padding, constant_values=outside)
+
+
+def result_shapes(query_codes: Array, v: Array) -> tuple[Any, ...]:
+    """Of the output `[B, T, H, V]`, and of what `log_sum_exp` takes."""
+    batch, length, n_head = query_codes.shape
+    numbers = jax.ShapeDtypeStruct((batch, n_head, -(-length // BLOCK) * BLOCK), F32)
+    return jax.ShapeDtypeStruct((batch, length, n_head, v.shape[3]), v.dtype), numbers, numbers
+
+
+def log_sum_exp(total: Array, largest: Array, length: int) -> Array:
+    """`[B, T, H]`, of `[B, H, T]` sums of weights relative to the largest score of a query code."""
+    return jnp.swapaxes(largest + jnp.log(total), 1, 2)[:, :length]
+
+
+def prepare_rows(out: Any, code: Array, result: Array, total: Array) -> Array:
+    """Put `result / total` where it is copied from, NaN for a query without a code; returns such a total."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    total = jnp.where(code < 0, jnp.nan, total)
+    result = result * lax.broadcast_in_dim(1 / total, result.shape, [0])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    out[...] = result.astype(BF16)
+    return total
 
 
 def in_order_of_threads(weight: Array) -> Array:
@@ -108,7 +104,7 @@ def scatter(*, counts: bool = False) -> Any:
     from jaxlib.mlir.dialects import arith, llvm, vector
 
     single = plgpu.Layout.WG_STRIDED((BLOCK,), vec_size=1)
-    tiled = plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+    tiled = plgpu.RefType(hopper.swizzle())
 
     @plgpu.inline_mgpu(arg_types=(tiled, single, single, *((plgpu.RefType(),) if counts else ())))
     def run(_: Any, hot_ref: Any, old: Any, new: Any, *count_ref: Any) -> None:

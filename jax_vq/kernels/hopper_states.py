@@ -11,17 +11,16 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from jax_vq.kernels import hopper
+from jax_vq.kernels import hopper, hopper_one_hot
+from jax_vq.kernels.hopper_one_hot import TILE
 from jax_vq.kernels.tiles import BF16, F32
 
-TILE = 128  # tokens at once
 N_SIDE = 64  # codes and columns of a group
 N_GROUP = 2  # that multiply, with codes of their own
 N_CODE = N_GROUP * N_SIDE  # of a program
 N_SLOT = 6  # tiles in shared memory
 N_AHEAD = 4  # tiles whose codes are read ahead of time
 N_OUT = 3  # sums of a group that are on their way to memory
-FAR = 200  # the code of a token outside
 
 
 def is_usable(n_padded: int, v: Array, block: int) -> bool:
@@ -41,8 +40,8 @@ def block_states(
     v: Array,
     first_vectors: Array,
     first_numbers: Array,
-    block: int = TILE,
-    segment_len: int | None = None,
+    block: int,
+    segment_len: int,
 ) -> tuple[Array, Array, Array, Array]:
     """`vq_states.block_states` without weights.
 
@@ -51,7 +50,7 @@ def block_states(
       v: `[B, T, K, V]`.
       first_vectors, first_numbers: `[B, K, S, C, V]`, `[B, K, S, C]`, sums before every segment.
       block: tokens of a block, a multiple of `TILE`.
-      segment_len: with several segments, a multiple of `block`.
+      segment_len: tokens of a segment, a multiple of `block`.
 
     Returns:
       Sums before every block: `[B, K, N, C, V]` bfloat16, `[B, K, N, C]`; and with the last token of every
@@ -59,9 +58,9 @@ def block_states(
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    batch, length, n_head, width = v.shape
+    batch, _, n_head, width = v.shape
     n_segment, n_code = first_numbers.shape[2:]
-    n_block = n_segment * pl.cdiv(segment_len or length, block)
+    n_block = n_segment * (segment_len // block)
     shapes = (
         jax.ShapeDtypeStruct((batch * n_head * n_block * n_code, width), BF16),
         jax.ShapeDtypeStruct((batch, n_head, n_block, n_code), F32),
@@ -70,12 +69,11 @@ def block_states(
     scratch = (
         hopper.swizzled(N_SLOT, TILE, N_SIDE, dtype=BF16),
         hopper.swizzled(N_GROUP * N_OUT, N_SIDE, N_SIDE, dtype=BF16),
-        plgpu.SMEM((N_SLOT, 3 * TILE), BF16),
+        hopper_one_hot.slots(N_SLOT),
         plgpu.Barrier(num_arrivals=2, num_barriers=N_SLOT),
         plgpu.Barrier(num_arrivals=N_GROUP, num_barriers=N_SLOT),
     )
-    each = pl.cdiv(segment_len or length, TILE)
-    kernel = partial(_kernel, each=each, n_together=block // TILE)
+    kernel = partial(_kernel, each=segment_len // TILE, n_together=block // TILE)
     run = hopper.launch(kernel, shapes, batch * n_head * n_segment * n_part(n_code, width), 3, scratch)
     token = lax.broadcasted_iota(jnp.int32, codes.shape, 1)
     missing = jnp.min(jnp.where(codes == -1, token, n_block * block), axis=1)
@@ -106,13 +104,13 @@ def _kernel(
     """Codes and columns of a segment of a head; programs at work together read the same."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    wide, row, column = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+    wide, row = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
     length, n_head, width = vector_ref.shape[1:]
     n_block, n_code = number_ref.shape[2:]
-    n_segment, n_chunk, n_part = last_ref.shape[2], n_code // N_CODE, width // N_SIDE
+    n_segment, n_chunk, n_side = last_ref.shape[2], n_code // N_CODE, width // N_SIDE
     program, group = lax.axis_index("program"), lax.axis_index("group")
-    chunk, part = lax.rem(program, n_chunk), lax.rem(lax.div(program, n_chunk), n_part)
-    place = lax.div(program, n_chunk * n_part)
+    chunk, part = lax.rem(program, n_chunk), lax.rem(lax.div(program, n_chunk), n_side)
+    place = lax.div(program, n_chunk * n_side)
     head, segment = lax.rem(place, n_head), lax.rem(lax.div(place, n_head), n_segment)
     batch = lax.div(place, n_head * n_segment)
     first = segment * each
@@ -128,23 +126,8 @@ def _kernel(
             plgpu.copy_gmem_to_smem(vector_ref.at[batch, at, head, columns], vectors.at[slot], full.at[slot])
 
         def read(i: Any) -> Array:
-            """Codes of a tile; at the end of the sequence, of its last whole tile."""
             start = (first + jnp.minimum(i, n_tile - 1)) * TILE
-            at = pl.ds(jnp.minimum(start, length - TILE), TILE)
-            return hopper.load(code_ref.at[batch, at, head], row, optimized=False)
-
-        def write(i: Any, slot: Any, code: Array) -> None:
-            """Shifted to where the tile starts, and what comes after the end as the code of nothing."""
-            shift = jnp.maximum((first + i + 1) * TILE - length, 0)
-
-            @pl.when(shift > 0)
-            def clear() -> None:
-                far = plgpu.layout_cast(jnp.full((TILE,), FAR, BF16), row)
-                codes[slot, pl.ds(2 * TILE - shift, TILE)] = far
-
-            is_before = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=row) < shift
-            code = jnp.where(is_before, FAR, code - first_code)  # of another chunk: rounded, but outside
-            codes[slot, pl.ds(TILE - shift, TILE)] = code.astype(F32).astype(BF16)
+            return hopper_one_hot.read_codes(code_ref, batch, head, start)
 
         def step(i: Any, ahead: Any, *, waits: bool) -> Any:
             slot = lax.rem(i, N_SLOT)
@@ -152,7 +135,8 @@ def _kernel(
             if waits:
                 plgpu.barrier_wait(empty.at[slot])
                 fetch(i, slot)
-            write(i, slot, ahead[0])
+            behind = jnp.maximum((first + i + 1) * TILE - length, 0)
+            hopper_one_hot.write_codes(codes, slot, ahead[0], first_code, behind, jnp.int32)
             plgpu.barrier_arrive(full.at[slot])
             return *ahead[1:], more
 
@@ -168,8 +152,7 @@ def _kernel(
         own_code = N_SIDE * group  # in the chunk
         rows = pl.ds(first_code + own_code, N_SIDE)
         counts = part == 0
-        own = plgpu.broadcasted_iota(jnp.int32, (N_SIDE, TILE), 0, layout=wide) + own_code
-        own = own.astype(F32).astype(BF16)
+        own = hopper_one_hot.own_codes(N_SIDE, own_code)
         first_number = hopper.load(first_number_ref.at[batch, head, segment, rows], row, optimized=False)
         missing = lax.div(missing_ref[batch, head], TILE) - first
         poison = jnp.where(missing < n_tile, jnp.nan, 0).astype(F32)
@@ -182,9 +165,7 @@ def _kernel(
             def hot_codes(i: Any) -> Array:
                 slot = lax.rem(i, N_SLOT)
                 pl.when(i < n_tile)(lambda: plgpu.barrier_wait(full.at[slot]))
-                code = hopper.load(codes.at[slot, pl.ds(TILE, TILE)], column)
-                code = lax.broadcast_in_dim(code, own.shape, [1])
-                return jnp.maximum(1 - jnp.abs(code - own), 0)  # on pairs of bfloat16, unlike a comparison
+                return hopper_one_hot.one_hot(codes, slot, own)
 
             def when_first(i: Any, write: Any) -> None:
                 """In the first tile of a block."""
@@ -211,10 +192,7 @@ def _kernel(
                 plgpu.wgmma(total, hot, vectors.at[slot])
                 when_first(i, partial(write_state, i, state))
                 more, before = hot_codes(i + 1), number
-                while hot.shape[1] > 8:  # counts up to 16, which bfloat16 has
-                    half = hot.shape[1] // 2
-                    hot = hot[:, :half] + hot[:, half:]
-                number += hot.astype(F32)
+                number += hopper_one_hot.partial_counts(hot)
                 # A branch: what comes before it does not start after it.
                 pl.when(counts)(partial(when_first, i, partial(write_number, i, before)))
                 plgpu.wgmma_wait(0)
@@ -223,7 +201,7 @@ def _kernel(
 
             first_sum = hopper.load(first_ref.at[batch, head, segment, rows, columns], wide, optimized=False)
             total[...] = first_sum
-            number = plgpu.layout_cast(jnp.zeros((N_SIDE, 8), F32), wide)
+            number = hopper.filled((N_SIDE, 8), 0, F32, wide)
             carry: Any = number, hot_codes(0)
             carry = lax.fori_loop(0, n_sound, step, carry)
             total[...] = total[...] + poison

@@ -8,14 +8,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from jax_vq.kernels import hopper
+from jax_vq.kernels import hopper, hopper_one_hot
+from jax_vq.kernels.hopper_one_hot import TILE
 from jax_vq.kernels.tiles import BF16, F32
 
 CHUNK = 128  # codes come in whole chunks
-TILE = 128  # tokens at once
 N_SLOT = 6  # tiles in shared memory
 N_AHEAD = 2  # tiles whose codes are read ahead of time
-FAR = 1024.0  # the code of a token outside
 
 
 def is_usable(n_padded: int, vectors: Array, segment_len: int) -> bool:
@@ -41,7 +40,7 @@ def segment_sums(codes: Array, vectors: Array, n_padded: int, segment_len: int) 
     shapes = jax.ShapeDtypeStruct((*shape, width), F32), jax.ShapeDtypeStruct(shape, F32)
     scratch = (
         hopper.swizzled(N_SLOT, TILE, width, dtype=BF16),
-        plgpu.SMEM((N_SLOT, 3 * TILE), BF16),
+        hopper_one_hot.slots(N_SLOT),
         plgpu.SMEM((TILE,), jnp.int32),
         plgpu.Barrier(num_arrivals=2, num_barriers=N_SLOT),
         plgpu.Barrier(num_arrivals=2, num_barriers=N_SLOT),
@@ -84,9 +83,6 @@ def _kernel(
     first = segment * segment_len
     n_tile = lax.div(jnp.minimum(segment_len, length - first) + TILE - 1, TILE)
 
-    def filled(value: float, dtype: Any, layout: Any, *shape: int) -> Array:
-        return plgpu.layout_cast(jnp.full(shape, value, dtype), layout)
-
     @pl.when(group == 2)
     def fetch_all() -> None:
         plgpu.set_max_registers(40, action="decrease")
@@ -96,24 +92,8 @@ def _kernel(
             plgpu.copy_gmem_to_smem(vector_ref.at[batch, at, head], vectors.at[slot], full.at[slot])
 
         def read(i: Any) -> Array:
-            """Codes of a tile; at the end of the sequence, of its last whole tile."""
             start = first + jnp.minimum(i, n_tile - 1) * TILE
-            at = pl.ds(jnp.minimum(start, length - TILE), TILE)
-            return hopper.load(code_ref.at[batch, at, head], row, optimized=False)
-
-        def write(i: Any, slot: Any, code: Array, is_missing: Array) -> Array:
-            """Shifted to where the tile starts, and what comes after the end as the code of nothing."""
-            shift = jnp.maximum(first + (i + 1) * TILE - length, 0)
-
-            @pl.when(shift > 0)
-            def clear() -> None:
-                codes[slot, pl.ds(2 * TILE - shift, TILE)] = filled(FAR, BF16, row, TILE)
-
-            is_inside = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=row) >= shift
-            # bfloat16 has the integers up to 256, and rounds no code of another program to one of this.
-            own = jnp.where(is_inside, (code - first_code).astype(F32), FAR)
-            codes[slot, pl.ds(TILE - shift, TILE)] = own.astype(BF16)
-            return jnp.maximum(is_missing, jnp.where(is_inside & (code == -1), 1, 0))
+            return hopper_one_hot.read_codes(code_ref, batch, head, start)
 
         def step(i: Any, carry: Any, *, waits: bool) -> Any:
             *ahead, is_missing = carry
@@ -122,13 +102,16 @@ def _kernel(
             if waits:
                 plgpu.barrier_wait(empty.at[slot])
                 fetch(i, slot)
-            is_missing = write(i, slot, ahead[0], is_missing)
+            behind = jnp.maximum(first + (i + 1) * TILE - length, 0)
+            hopper_one_hot.write_codes(codes, slot, ahead[0], first_code, behind, F32)
+            is_bad = hopper_one_hot.is_inside(behind) & (ahead[0] == -1)
+            is_missing = jnp.maximum(is_missing, jnp.where(is_bad, 1, 0))
             plgpu.barrier_arrive(full.at[slot])
             return *ahead[1:], more, is_missing
 
         for slot in range(N_SLOT):
             pl.when(slot < n_tile)(partial(fetch, slot, slot))
-        carry: Any = *(read(i) for i in range(N_AHEAD)), filled(0, jnp.int32, row, TILE)
+        carry: Any = *(read(i) for i in range(N_AHEAD)), hopper.filled((TILE,), 0, jnp.int32, row)
         n_first = jnp.minimum(n_tile, N_SLOT)
         carry = lax.fori_loop(0, n_first, partial(step, waits=False), carry)
         carry = lax.fori_loop(n_first, n_tile, partial(step, waits=True), carry)
@@ -138,26 +121,20 @@ def _kernel(
     @pl.when(group < 2)
     def add_up() -> None:
         plgpu.set_max_registers(232, action="increase")
-        own = plgpu.broadcasted_iota(jnp.int32, (n_row, TILE), 0, layout=wide) + n_row * group
-        own = own.astype(F32).astype(BF16)
+        own = hopper_one_hot.own_codes(n_row, n_row * group)
 
         def run(total: Any) -> tuple[Array, Array]:
             def step(i: Any, number: Array) -> Array:
                 slot = lax.rem(i, N_SLOT)
                 plgpu.barrier_wait(full.at[slot])
-                code = lax.broadcast_in_dim(
-                    hopper.load(codes.at[slot, pl.ds(TILE, TILE)], column), own.shape, [1]
-                )
-                hot = jnp.maximum(1 - jnp.abs(code - own), 0)  # on pairs of bfloat16, unlike a comparison
+                hot = hopper_one_hot.one_hot(codes, slot, own)
                 plgpu.wgmma(total, hot, vectors.at[slot])
-                while hot.shape[1] > 8:  # counts up to 16, which bfloat16 has
-                    half = hot.shape[1] // 2
-                    hot = hot[:, :half] + hot[:, half:]
+                more = hopper_one_hot.partial_counts(hot)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(empty.at[slot])
-                return number + hot.astype(F32)
+                return number + more
 
-            number = lax.fori_loop(0, n_tile, step, filled(0, F32, wide, n_row, 8))
+            number = lax.fori_loop(0, n_tile, step, hopper.filled((n_row, 8), 0, F32, wide))
             return total[...], jnp.sum(number, axis=1)
 
         total, number = pl.run_scoped(run, plgpu.ACC((n_row, width), F32))

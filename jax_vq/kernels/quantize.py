@@ -87,7 +87,8 @@ def finite_codes(x: Array, codebook: Array) -> Array:
     if n_chunk * length * n_row <= BRIEF:
         every = sizes.size_of("every_code", n_code)
         n_tile = sizes.n_tile_resident(length, n_row, every.tile)
-        kernel = partial(_exact_kernel, tile=every.tile, chunk=chunk, n_code=n_code, n_tile=n_tile)
+        at_once = min(chunk, every.chunk)
+        kernel = partial(_exact_kernel, tile=every.tile, chunk=at_once, n_code=n_code, n_tile=n_tile)
         grid = pl.cdiv(pl.cdiv(length, every.tile), n_tile), n_row
         return launch(kernel, codes, grid, every.n_warp, every.n_stage)(x, whole)
     near = Near.of(codebook, n_chunk * chunk)

@@ -52,9 +52,14 @@ def launch(
         compiler_params=plt.CompilerParams(num_warps=n_warp, num_stages=n_stage),
         interpret=is_interpreted(),
     )
+    return without_64_bits("triton", call)
+
+
+def without_64_bits(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that is made without 64-bit types; while `what_runs` asks, it says its language's name."""
 
     def run(*arrays: Array) -> Any:
-        runs("triton")
+        runs(name)
         with jax.enable_x64(False):
             return call(*arrays)
 
@@ -83,7 +88,8 @@ def columns(block: Any, size: int, width: int) -> Rows:
     return pl.ds(block * size, size), None if fits else tokens(block * size, size, width)[1]
 
 
-def _there(rows: Rows, cols: Rows) -> Array:
+def inside(rows: Rows, cols: Rows) -> Array:
+    """`[T, D]`: which entries of a block there are."""
     shape = rows[1].shape[0], cols[0].size
     there = jnp.broadcast_to(rows[1][:, None], shape)
     return there if cols[1] is None else there & cols[1][None, :]
@@ -91,12 +97,12 @@ def _there(rows: Rows, cols: Rows) -> Array:
 
 def read_vectors(ref: Any, batch: Any, rows: Rows, head: Any, cols: Rows) -> Array:
     """`ref[batch, rows, head, cols]` of `[B, T, H, D]`, 0 outside."""
-    return plt.load(ref.at[batch, rows[0], head, cols[0]], mask=_there(rows, cols), other=0)
+    return plt.load(ref.at[batch, rows[0], head, cols[0]], mask=inside(rows, cols), other=0)
 
 
 def write_vectors(ref: Any, batch: Any, rows: Rows, head: Any, cols: Rows, x: Array) -> None:
     """The inverse of `read_vectors`."""
-    plt.store(ref.at[batch, rows[0], head, cols[0]], x.astype(ref.dtype), mask=_there(rows, cols))
+    plt.store(ref.at[batch, rows[0], head, cols[0]], x.astype(ref.dtype), mask=inside(rows, cols))
 
 
 def read_numbers(ref: Any, batch: Any, rows: Rows, head: Any, other: Any) -> Array:

@@ -122,10 +122,9 @@ def _by_segments(query_codes: Array, keys: Keys, tables: Tables, first: Sums) ->
     each = sizes.segment_len(length, n_row, max(size.tile, tile))
     sums = segment_sums(keys.codes, keys.v, n_code, each)
     mode = _modes(tables, sums, n_key_head)
-    arrays = query_codes, keys.codes, keys.v, *tables[:3], *before_segments(sums, first), mode
+    before, coded = before_segments(sums, first), (query_codes, keys.codes, keys.v)
+    arrays = *coded, *tables[:3], *before, mode
     if hopper_causal.is_usable(query_codes, keys.v, tables.weight, each):
-        coded = query_codes, keys.codes, keys.v
-        before = Sums(*arrays[-3:-1])
         results = hopper_causal.follow(*coded, tables.weight, tables.top, before, mode, each)
     else:
         results = _follow(arrays, size, padded_codes(n_code)[1], each)

@@ -87,35 +87,31 @@ def block_states(
     if each < length:
         sums = segment_sums(codes, v, n_code, each, weights, numbers)
         before = before_segments(sums, first, is_reverse=weights is not None)
-    n_segment, n_block = before.numbers.shape[2], each // block
-    kernel = partial(
-        _states_kernel,
-        tile=tile,
-        n_tile=block // tile,
-        n_block=n_block,
-        chunk=chunk,
-        n_column=n_column,
-        has_weights=weights is not None,
-        is_gradient=is_gradient,
-    )
     if by_hopper:
         *states, last_sum, last_number = hopper_states.block_states(codes, v, *before, block, each)
     else:
+        n_segment, n_block = before.numbers.shape[2], each // block
+        kernel = partial(
+            _states_kernel,
+            tile=tile,
+            n_tile=block // tile,
+            n_block=n_block,
+            chunk=chunk,
+            n_column=n_column,
+            has_weights=weights is not None,
+            is_gradient=is_gradient,
+        )
+        shape = batch, n_head, n_segment * n_block, n_code
+        shapes = (
+            *(jax.ShapeDtypeStruct((*shape, width), v.dtype), jax.ShapeDtypeStruct(shape, F32)),
+            *(jax.ShapeDtypeStruct(x.shape, F32) for x in before),
+        )
+        run = launch(kernel, shapes, (n_segment, batch * n_head, n_part), size.n_warp, size.n_stage)
         more = () if weights is None else (weights, numbers)
-        grid = n_segment, batch * n_head, n_part
-        shapes = _shapes(v, before, n_segment * n_block)
-        run = launch(kernel, shapes, grid, size.n_warp, size.n_stage)
         *states, last_sum, last_number = run(codes, v, *more, *before)
     if each >= length:
         sums = Sums(last_sum - first.vectors, last_number - first.numbers)
     return States(*states), sums
-
-
-def _shapes(v: Array, before: Sums, n_block: int) -> tuple[Any, ...]:
-    """Of `States`, and of the sums after every segment."""
-    shape = *before.numbers.shape[:2], n_block, before.numbers.shape[3]
-    states = jax.ShapeDtypeStruct((*shape, v.shape[3]), v.dtype), jax.ShapeDtypeStruct(shape, F32)
-    return *states, *(jax.ShapeDtypeStruct(x.shape, F32) for x in before)
 
 
 def _states_kernel(

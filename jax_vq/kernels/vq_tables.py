@@ -17,6 +17,7 @@ from jax_vq.kernels.tiles import (
     columns,
     dot_parts,
     dot_t,
+    inside,
     launch,
     parts_of,
     power_of_two,
@@ -84,10 +85,7 @@ def _table_kernel(q_ref: Any, k_ref: Any, *refs: Any, scale: float) -> None:
     cols = columns(0, power_of_two(width), width)
 
     def read(ref: Any, at: Any, lines: Rows) -> Array:
-        there = jnp.broadcast_to(lines[1][:, None], (lines[1].shape[0], cols[0].size))
-        if cols[1] is not None:
-            there &= cols[1][None, :]
-        return plt.load(ref.at[at, lines[0], cols[0]], mask=there, other=0)
+        return plt.load(ref.at[at, lines[0], cols[0]], mask=inside(lines, cols), other=0)
 
     query = parts_of(read(q_ref, head, rows) * scale, F32)
     key = parts_of(read(k_ref, head // (n_head // n_key_head), codes), F32)

@@ -31,7 +31,7 @@ class Heard(NamedTuple):
 CAPABILITY = "9.0"  # of the GPUs that the kernels are made for
 
 _KERNELS: dict[str, Callable[[], Kernel | None]] = {}
-_LISTENERS: list["Heard"] = []
+_LISTENERS: list[Heard] = []
 _ASKED: list[str | None] = []  # by the calls whose kernels are being traced, the innermost last
 
 
@@ -59,7 +59,7 @@ def run(asked: str | None, step: str, plain: Callable[..., Any], *arguments: Any
         runs("xla")
         return plain(*arguments)
 
-    def by_kernel(*_: Any) -> Any:
+    def by_kernel() -> Any:
         with asking(asked):
             return kernel.run(*arguments)
 
