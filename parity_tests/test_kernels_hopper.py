@@ -136,13 +136,27 @@ def test_triton_alone_runs_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(implementations, "why_not_here", lambda asked: None)
     kernel("triton")
+    assert not implementations.is_asked_for("triton")
     kernel(None)
     assert seen[0]
     assert not seen[-1]
     assert not implementations.is_asked_for("triton")
 
 
-def test_no_kernel_of_mosaic_is_interpreted() -> None:
+def test_kernels_of_mosaic_run_with_the_jax_that_they_were_tested_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hopper, "is_interpreted", lambda: False)
+    monkeypatch.setattr(hopper, "VERSION", jax.__version_info__[:2])
+    assert hopper.is_usable(256, 128)
+    monkeypatch.setattr(hopper, "VERSION", (0, 0))
+    assert not hopper.is_usable(256, 128)
+
+
+def test_no_kernel_of_mosaic_is_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "VERSION", jax.__version_info__[:2])
+    assert hopper.is_usable(256, 128) == ON_GPU
+    monkeypatch.undo()
     assert hopper.fits(256, 128)
     assert hopper.is_usable(256, 128) == (ON_GPU and jax.__version_info__[:2] == hopper.VERSION)
 
