@@ -59,7 +59,7 @@ def block_attention(
     scratch = (
         hopper.swizzled(N_STATE, CHUNK, width, dtype=BF16),
         hopper.swizzled(N_HOT, CHUNK, BLOCK, dtype=BF16),
-        hopper.swizzled(BLOCK, width, dtype=BF16),
+        hopper.swizzled(1, BLOCK, width, dtype=BF16),
         hopper.swizzled(BLOCK // HALF, HALF, width, dtype=BF16),
         plgpu.SMEM((N_STATE, CHUNK), F32),
         plgpu.Barrier(num_arrivals=2, num_barriers=N_STATE),
@@ -134,7 +134,7 @@ def _kernel(
         def fetch_v(i: Any) -> None:
             example, head, block = place_of(i)
             at = pl.ds(block * BLOCK, BLOCK)
-            plgpu.copy_gmem_to_smem(v_ref.at[example, at, key_head_of(head)], v, has_v)
+            plgpu.copy_gmem_to_smem(v_ref.at[example, at, key_head_of(head)], v.at[0], has_v)
 
         def keys_of(i: Any) -> Array:
             example, head, block = place_of(i)
@@ -177,34 +177,37 @@ def _kernel(
         plgpu.set_max_registers(N_REGISTER[1 + half], action="increase")
         n_key = (half + 1) * HALF  # that these queries see some of
 
-        def queries_of(i: Any) -> tuple[Array, Array]:
-            """Codes, and rows of `E` in memory."""
+        def queries_of(i: Any) -> Array:
             example, head, block = place_of(i)
             at = pl.ds(block * BLOCK + half * HALF, HALF)
-            code = hopper.load(query_ref.at[example, head, at], row, optimized=False)
-            return code, jnp.maximum(code, 0) + head * n_query_code
+            return hopper.load(query_ref.at[example, head, at], row, optimized=False)
 
-        def rows_of(rows: Array, c: int) -> Array:
-            return pieces.gather(c)(weight_ref, rows)
+        def rows_of(i: Any, code: Array) -> Array:
+            """Of `E`, in memory."""
+            return jnp.maximum(code, 0) + place_of(i)[1] * n_query_code
 
         def step(i: Any, carry: Any) -> Any:
-            code, rows, weight = carry
+            code, weight = carry
             example, head, block = place_of(i)
-            more, more_rows = queries_of(i + 1)
-            largest = pieces.pick()(top_ref, rows)
+            zero = pieces.unknown_zero()()
+            rows = rows_of(i, code)
+            is_wanted = mode_ref[example, head, lax.div(block, n_each)] == 0
 
-            def attend_block(near: Any, far: Any) -> tuple[Array, Array, Array]:
+            def attend_block(near: Any, far: Any) -> tuple[Array, ...]:
                 total, weights = None, weight
                 for c in range(n_chunk):
-                    k = i * n_chunk + c
+                    k = (i + zero) * n_chunk + c
                     slot, hot_slot = lax.rem(k, N_STATE), lax.rem(k, N_HOT)
-                    if c > 0:
-                        plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(empty.at[lax.rem(k - 1, N_HOT)])
-                    # Before the products: a group goes on only when nearly all of its products are done.
-                    more_weights = rows_of(rows, c + 1) if c + 1 < n_chunk else rows_of(more_rows, 0)
                     plgpu.barrier_wait(has_hot.at[hot_slot])
                     plgpu.wgmma(near, weights, hot.at[hot_slot, :, pl.ds(0, n_key)])
+                    if c > 0:
+                        plgpu.wgmma_wait(1)
+                        plgpu.barrier_arrive(empty.at[lax.rem(k - 1, N_HOT)])
+                    if c == n_chunk - 2:  # not before: they stay in registers
+                        more = queries_of(i + 1)
+                    # Before these products: a group goes on only when nearly all of its products are done.
+                    here, then = (rows, c + 1) if c + 1 < n_chunk else (rows_of(i + 1, more), 0)
+                    more_weights = pieces.gather(then)(weight_ref, here)
                     plgpu.barrier_wait(has_state.at[slot])
                     plgpu.wgmma(far, weights, state.at[slot])
                     part = pieces.far_sum()(weights, count.at[slot])
@@ -212,29 +215,30 @@ def _kernel(
                     weights = more_weights
                 picked, part = pieces.near_weights(half)(plgpu.wgmma_accumulator_load(near, wait_n=1))
                 plgpu.barrier_wait(has_v)
-                plgpu.wgmma(far, picked, v.at[pl.ds(0, n_key)])
+                plgpu.wgmma(far, picked, v.at[zero, pl.ds(0, n_key)])
+                largest = pieces.pick()(top_ref, rows)
                 plgpu.wgmma_wait(1)
                 plgpu.barrier_arrive(empty.at[lax.rem(i * n_chunk + n_chunk - 1, N_HOT)])
                 result = plgpu.wgmma_accumulator_load(far)
                 plgpu.barrier_arrive(v_empty)
-                return result, total + part, weights
+                return result, total + part, largest, more, weights
 
             accumulators = plgpu.ACC((HALF, n_key), F32), plgpu.ACC((HALF, width), F32)
-            result, total, weight = pl.run_scoped(attend_block, *accumulators)
+            result, total, largest, more, weight = pl.run_scoped(attend_block, *accumulators)
             total = pieces.prepare_rows(out.at[half], code, result, total)
             at = pl.ds(block * BLOCK + half * HALF, HALF)
-            total_ref[example, head, at] = total
-            largest_ref[example, head, at] = largest
             plgpu.commit_smem()
 
-            @pl.when(mode_ref[example, head, lax.div(block, n_each)] == 0)
+            @pl.when(is_wanted)
             def write() -> None:
                 plgpu.copy_smem_to_gmem(out.at[half], out_ref.at[example, at, head])
 
-            return more, more_rows, weight
+            total_ref[example, head, at] = total
+            largest_ref[example, head, at] = largest
+            return more, weight
 
-        code, rows = queries_of(0)
-        lax.fori_loop(0, n_own, step, (code, rows, rows_of(rows, 0)))
+        code = queries_of(0)
+        lax.fori_loop(0, n_own, step, (code, pieces.gather(0)(weight_ref, rows_of(0, code))))
         plgpu.wait_smem_to_gmem(0)
 
     pl.when(group == 1)(partial(attend, 0))

@@ -56,6 +56,27 @@ def in_order_of_threads(weight: Array) -> Array:
     return jnp.swapaxes(pairs, 2, 3).reshape(-1, n_code // 2)
 
 
+def unknown_zero() -> Any:
+    """0, which the compiler does not know: it finds addresses with it in a loop, and others before.
+
+    Those take registers for the whole loop, and what is spilled comes back behind all loads under way.
+    """
+    from jax.experimental.mosaic import gpu as mgpu
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import llvm
+
+    @plgpu.inline_mgpu(
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())),
+    )
+    def run(_: Any) -> Any:
+        i32 = ir.IntegerType.get_signless(32)
+        zero = llvm.inline_asm(i32, [], "mov.b32 $0, 0;", "=r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(zero, (), is_signed=True)
+
+    return run
+
+
 def _number(x: int) -> Any:
     from jax.experimental.mosaic.gpu import utils
     from jaxlib.mlir import ir
