@@ -22,6 +22,7 @@ from jax_vq.kernels import (
     quantize,
     sizes,
     tiles,
+    vq_states,
     vq_sums,
 )
 from jax_vq.ops import implementations
@@ -104,6 +105,7 @@ def test_shapes_of_sums(vectors: Any, n_code: int, segment_len: int, is_usable: 
         (shape(), 384, 128, {"states", "blocks"}),
         (shape(), 512, 256, {"states"}),
         (shape(), 640, 128, {"states"}),
+        (shape(), 64, 128, set()),
         (shape(), 512, 192, set()),
         (shape(length=257), 512, 128, set()),
         (shape(width=32), 128, 128, set()),
@@ -180,6 +182,21 @@ def inputs_of(dtype: str = "bfloat16", **sizes: Any) -> Inputs:
     return case_inputs(Case(name="hopper", **{"batch": 2, "is_causal": True} | sizes), dtype)
 
 
+@pytest.mark.parametrize("length, n_code", [(128, 64), (136, 384), (256, 1024)])
+def test_codes_by_chunk_are_told_apart(length: int, n_code: int) -> None:
+    """Each as its row of one chunk, others and tokens outside as none."""
+    codes = np.random.default_rng(0).integers(-2, n_code + 300, (2, length, 3)).astype(np.int32)
+    codes[1, :4, 2] = -1, 0, n_code - 1, n_code
+    found = to_numpy(hopper_states.by_chunk(jnp.asarray(codes), n_code))
+    n_token = -(-length // hopper_states.TILE) * hopper_states.TILE
+    assert found.shape == (2, 3, -(-n_code // hopper_states.CHUNK), n_token)
+    rows = np.arange(hopper_states.CHUNK)
+    hot = np.moveaxis(found[..., None] == rows, 2, 3).reshape(2, 3, n_token, -1)[..., :n_code]
+    expected = np.zeros(hot.shape, bool)
+    expected[:, :, :length] = np.swapaxes(codes, 1, 2)[..., None] == np.arange(n_code)
+    np.testing.assert_array_equal(hot, expected)
+
+
 @on_gpu
 @pytest.mark.parametrize("length, segment_len", [(128, 128), (136, 128), (1000, 384), (4096, 1024)])
 @pytest.mark.parametrize("width", [64, 128])
@@ -199,6 +216,35 @@ def test_sums_are_those_of_triton(
     expected = vq_sums.segment_sums(*arrays, n_code, segment_len)
     np.testing.assert_array_equal(found.numbers, expected.numbers)
     np.testing.assert_allclose(found.vectors, expected.vectors, rtol=1e-5, atol=1e-4)
+
+
+@on_gpu
+@pytest.mark.usefixtures("n_segment")
+@pytest.mark.parametrize("length, block", [(128, 128), (136, 128), (1000, 128), (1000, 256), (2048, 384)])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("n_code", [128, 384, 512])
+def test_states_are_those_of_triton(
+    length: int, block: int, width: int, n_code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, as sums of whole numbers are; also codes outside and a key that is not finite."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-3, n_code + 2, (2, length, 3)).astype(np.int32)
+    codes[codes == -1] = 0
+    codes[1, length // 2, 2] = -1
+    arrays = jnp.asarray(codes), to_jax(rng.integers(-9, 10, (2, length, 3, width)).astype(float), "bfloat16")
+    first = vq_sums.Sums(
+        jnp.asarray(rng.integers(-9, 10, (2, 3, 1, n_code, width)), jnp.float32),
+        jnp.asarray(rng.integers(0, 10, (2, 3, 1, n_code)), jnp.float32),
+    )
+    assert hopper_states.is_usable(n_code, arrays[1], block)
+    found = vq_states.block_states(*arrays, first, block)
+    monkeypatch.setattr(hopper, "is_usable", lambda length, width: False)
+    expected = vq_states.block_states(*arrays, first, block)
+    n_block = -(-length // block)  # others, behind the end, are as they are
+    for x, y in zip(found[0], expected[0], strict=True):
+        np.testing.assert_array_equal(to_numpy(x[:, :, :n_block]), to_numpy(y[:, :, :n_block]))
+    for x, y in zip(found[1], expected[1], strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 @on_gpu
@@ -237,9 +283,10 @@ def test_what_is_not_finite_stays_where_it_is() -> None:
 
 
 @on_gpu
-def test_calls_are_mapped() -> None:
+@pytest.mark.parametrize("n_code", [128, 300])
+def test_calls_are_mapped(n_code: int) -> None:
     """`jax.vmap` of a call with kernels by Mosaic."""
-    inputs = inputs_of(q_len=256, d_k=64, d_v=64, n_head=2, n_code_q=128, n_code_k=128)
+    inputs = inputs_of(q_len=256, d_k=64, d_v=64, n_head=2, n_code_q=n_code, n_code_k=n_code)
     q, k, v = (to_jax(x, "bfloat16") for x in inputs[:3])
     books = [to_jax(x, "float32") for x in inputs[3:5]]
 

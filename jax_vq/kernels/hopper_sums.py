@@ -5,11 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from jax_vq.kernels import hopper, hopper_one_hot
-from jax_vq.kernels.hopper_one_hot import TILE
+from jax_vq.kernels.hopper_one_hot import FAR, TILE
 from jax_vq.kernels.tiles import BF16, F32
 
 CHUNK = 128  # codes come in whole chunks
@@ -40,7 +41,7 @@ def segment_sums(codes: Array, vectors: Array, n_padded: int, segment_len: int) 
     shapes = jax.ShapeDtypeStruct((*shape, width), F32), jax.ShapeDtypeStruct(shape, F32)
     scratch = (
         hopper.swizzled(N_SLOT, TILE, width, dtype=BF16),
-        hopper_one_hot.slots(N_SLOT),
+        plgpu.SMEM((N_SLOT, 3 * TILE), BF16),
         plgpu.SMEM((TILE,), jnp.int32),
         plgpu.Barrier(num_arrivals=2, num_barriers=N_SLOT),
         plgpu.Barrier(num_arrivals=2, num_barriers=N_SLOT),
@@ -93,7 +94,7 @@ def _kernel(
 
         def read(i: Any) -> Array:
             start = first + jnp.minimum(i, n_tile - 1) * TILE
-            return hopper_one_hot.read_codes(code_ref, batch, head, start)
+            return _read_codes(code_ref, batch, head, start)
 
         def step(i: Any, carry: Any, *, waits: bool) -> Any:
             *ahead, is_missing = carry
@@ -103,8 +104,8 @@ def _kernel(
                 plgpu.barrier_wait(empty.at[slot])
                 fetch(i, slot)
             behind = jnp.maximum(first + (i + 1) * TILE - length, 0)
-            hopper_one_hot.write_codes(codes, slot, ahead[0], first_code, behind, F32)
-            is_bad = hopper_one_hot.is_inside(behind) & (ahead[0] == -1)
+            _write_codes(codes, slot, ahead[0], first_code, behind)
+            is_bad = _is_inside(behind) & (ahead[0] == -1)
             is_missing = jnp.maximum(is_missing, jnp.where(is_bad, 1, 0))
             plgpu.barrier_arrive(full.at[slot])
             return *ahead[1:], more, is_missing
@@ -127,7 +128,7 @@ def _kernel(
             def step(i: Any, number: Array) -> Array:
                 slot = lax.rem(i, N_SLOT)
                 plgpu.barrier_wait(full.at[slot])
-                hot = hopper_one_hot.one_hot(codes, slot, own)
+                hot = hopper_one_hot.one_hot(codes.at[slot, pl.ds(TILE, TILE)], own)
                 plgpu.wgmma(total, hot, vectors.at[slot])
                 more = hopper_one_hot.partial_counts(hot)
                 plgpu.wgmma_wait(0)
@@ -144,3 +145,36 @@ def _kernel(
         at = pl.ds(first_code + n_row * group, n_row)
         sum_ref[batch, head, segment, at] = jnp.where(is_missing > 0, jnp.nan, total)
         number_ref[batch, head, segment, at] = number
+
+
+def _read_codes(ref: Any, batch: Any, head: Any, start: Any) -> Array:
+    """`[T]` of `[B, T, K]` from `start` on; at the end of the sequence, of its last whole tile."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    at = pl.ds(jnp.minimum(start, ref.shape[1] - TILE), TILE)
+    return hopper.load(ref.at[batch, at, head], plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+
+def _is_inside(behind: Any) -> Array:
+    """Which of the codes that were read are of the tile, of which so many tokens are behind the end."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    row = plgpu.Layout.WGMMA.reduce(1)
+    return plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=row) >= behind
+
+
+def _write_codes(codes: Any, slot: Any, code: Array, first_code: Any, behind: Any) -> None:
+    """Codes from a first one on, shifted to where the tile starts; what is behind the end is `FAR`.
+
+    A tile is the middle third of a slot.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    @pl.when(behind > 0)
+    def clear() -> None:
+        far = hopper.filled((TILE,), FAR, BF16, plgpu.Layout.WGMMA.reduce(1))
+        codes[slot, pl.ds(2 * TILE - behind, TILE)] = far
+
+    # bfloat16 has the integers up to 256, and rounds no code of another program to one of this.
+    own = jnp.where(_is_inside(behind), (code - first_code).astype(F32), np.float32(FAR))
+    codes[slot, pl.ds(TILE - behind, TILE)] = own.astype(BF16)

@@ -80,7 +80,7 @@ def block_states(
     n_part = pl.cdiv(n_code, chunk) * pl.cdiv(width, n_column)
     by_hopper = weights is None and not is_gradient and hopper_states.is_usable(n_code, v, block)
     if by_hopper:
-        n_part = hopper_states.n_part(n_code, width)
+        n_part = hopper_states.n_part(n_code)
     step = math.lcm(block, sizes.size_of("sums", n_code).tile)
     each = sizes.segment_len(length, batch * n_head * n_part, step)
     before = first
