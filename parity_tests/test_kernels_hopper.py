@@ -16,16 +16,21 @@ from jax_vq.kernels import (
     hopper,
     hopper_blocks,
     hopper_causal,
+    hopper_causal_f32,
     hopper_codes,
     hopper_states,
     hopper_sums,
     quantize,
     sizes,
     tiles,
+    vq_causal,
     vq_states,
     vq_sums,
 )
+from jax_vq.kernels.vq_tables import Tables
 from jax_vq.ops import implementations
+from jax_vq.ops.vq_blocks import Keys
+from jax_vq.ops.vq_causal import Books
 from parity_tests.support import assert_close, assert_gradient_close, to_jax, to_numpy
 from parity_tests.vq_calls import differentiable, optional
 from vq_common import vq_oracle
@@ -122,6 +127,28 @@ def test_shapes_of_attention(x: Any, n_code: int, block: int, usable: set[str]) 
     assert {name for name, is_usable in found.items() if is_usable} == usable
 
 
+@pytest.mark.usefixtures("is_compiled")
+@pytest.mark.parametrize(
+    "v, n_code, segment_len, is_usable",
+    [
+        (shape(dtype=jnp.float32), 128, 64, True),
+        (shape(length=136, width=512, dtype=jnp.float32), 128, 128, True),
+        (shape(length=260, dtype=jnp.float32), 128, 64, False),
+        (shape(width=64, dtype=jnp.float32), 128, 64, False),
+        (shape(width=192, dtype=jnp.float32), 128, 64, False),
+        (shape(dtype=jnp.float32), 64, 64, False),
+        (shape(dtype=jnp.float32), 128, 96, False),
+        (shape(), 128, 128, False),
+    ],
+)
+def test_shapes_of_float32_attention(v: Any, n_code: int, segment_len: int, is_usable: bool) -> None:
+    codes = jnp.zeros(v.shape[:3], jnp.int32)
+    weight = jax.ShapeDtypeStruct((9, 100, n_code), jnp.bfloat16)
+    assert hopper_causal_f32.is_usable(codes, v, weight, segment_len) == is_usable
+    other = jnp.zeros((2, v.shape[1] + 64, 3), jnp.int32)
+    assert not hopper_causal_f32.is_usable(other, v, weight, segment_len)
+
+
 def test_triton_alone_runs_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """By name, and no longer than that call."""
     seen = []
@@ -164,15 +191,23 @@ def test_no_kernel_of_mosaic_is_interpreted(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("is_compiled")
-@pytest.mark.parametrize("n_code, is_causal, n_kernel", [(128, True, 4), (128, False, 3), (512, True, 5)])
+@pytest.mark.parametrize(
+    "dtype, n_code, is_causal, n_kernel",
+    [
+        ("bfloat16", 128, True, 4),
+        ("bfloat16", 128, False, 3),
+        ("bfloat16", 512, True, 5),
+        ("float32", 128, True, 1),
+    ],
+)
 def test_kernels_lower_for_a_gpu(
-    n_code: int, is_causal: bool, n_kernel: int, monkeypatch: pytest.MonkeyPatch
+    dtype: str, n_code: int, is_causal: bool, n_kernel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if jax.__version_info__ >= (0, 11) and not ON_GPU:
         pytest.skip("this jax lowers for a GPU that is there, or named")
     monkeypatch.setattr(quantize, "BRIEF", 0)
     monkeypatch.setattr(implementations, "why_not_here", lambda asked: None)
-    x, book = shape(), jax.ShapeDtypeStruct((3, n_code, 128), jnp.float32)
+    x, book = shape(dtype=dtype), jax.ShapeDtypeStruct((3, n_code, 128), jnp.float32)
     call = jax.jit(lambda *arrays: jax_vq.vq_attention(*arrays, is_causal=is_causal))
     text = call.trace(x, x, x, book, book).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == n_kernel
@@ -267,6 +302,50 @@ def test_attention_matches_the_oracle(
     for found, target in zip(gradients, targets, strict=True):
         if target is not None:
             assert_gradient_close(found, target, "bfloat16")
+
+
+@on_gpu
+@pytest.mark.usefixtures("n_segment")
+@pytest.mark.parametrize("n_code", [100, 128])
+@pytest.mark.parametrize("length, width", [(128, 128), (200, 512), (1000, 128)])
+def test_float32_attention_matches_the_oracle(length: int, width: int, n_code: int) -> None:
+    """Several heads that share keys, and tiles that are cut short."""
+    heads, codes = {"n_head": 4, "n_kv_head": 2}, {"n_code_q": n_code, "n_code_k": n_code}
+    inputs = inputs_of("float32", q_len=length, d_k=16, d_v=width, **heads, **codes)
+    arrays, options = [to_jax(x, "float32") for x in inputs[:5]], {"is_causal": True} | optional(inputs)
+    assert "mosaic_gpu" in implementations.what_runs(jax_vq.vq_attention, *arrays, **options)
+    found = to_numpy(jax_vq.vq_attention(*arrays, **options))
+    assert_close(found, vq_oracle.vq_attention(*inputs[:5], **options), "float32")
+
+
+@on_gpu
+@pytest.mark.usefixtures("n_segment")
+def test_float32_attention_is_that_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where codes are missing or not in the table, and a value is not finite; with sums before, and lse."""
+    rng = np.random.default_rng(0)
+    (batch, length, n_head, n_key_head, width), n_code = (2, 1000, 4, 2, 256), 120
+    query = rng.integers(0, n_code, (batch, length, n_head)).astype(np.int32)
+    key = rng.integers(0, n_code + 20, (batch, length, n_key_head)).astype(np.int32)
+    query[0, 7, 3] = query[1, 999, 0] = -1
+    value = rng.normal(size=(batch, length, n_key_head, width))
+    value[1, 700, 1, 5] = np.nan
+    book_q, book_k = (to_jax(rng.normal(size=(n, n_code, 16)), "float32") for n in (n_head, n_key_head))
+    tables = Tables.of(Books.of(book_q, book_k, None, 0.5), 128, jnp.float32)
+    sums = (
+        rng.normal(size=(batch, n_key_head, 1, 128, width)),
+        rng.integers(1, 9, (batch, n_key_head, 1, 128)),
+    )
+    first = vq_sums.Sums(*(to_jax(x, "float32") for x in sums))
+    keys = Keys(jnp.asarray(key), to_jax(value, "float32"), None, None)
+    results = []
+    for fits in (hopper.fits, lambda length, width: False):
+        monkeypatch.setattr(hopper, "is_usable", fits)
+        results.append(vq_causal._by_segments(jnp.asarray(query), keys, tables, first)[:2])
+    for found, expected in zip(*results, strict=True):
+        found, expected = to_numpy(found), to_numpy(expected)
+        assert not np.isnan(expected).all()
+        np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+        assert_close(np.nan_to_num(found), np.nan_to_num(expected), "float32", limits=2)
 
 
 @on_gpu

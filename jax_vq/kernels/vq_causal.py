@@ -22,7 +22,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jax_vq.kernels import hopper_causal, sizes, vq_window
+from jax_vq.kernels import hopper_causal, hopper_causal_f32, sizes, vq_window
 from jax_vq.kernels.tiles import (
     F32,
     NARROW,
@@ -124,8 +124,9 @@ def _by_segments(query_codes: Array, keys: Keys, tables: Tables, first: Sums) ->
     mode = _modes(tables, sums, n_key_head)
     before, coded = before_segments(sums, first), (query_codes, keys.codes, keys.v)
     arrays = *coded, *tables[:3], *before, mode
-    if hopper_causal.is_usable(query_codes, keys.v, tables.weight, each):
-        results = hopper_causal.follow(*coded, tables.weight, tables.top, before, mode, each)
+    by_mosaic = hopper_causal_f32 if keys.v.dtype == F32 else hopper_causal
+    if by_mosaic.is_usable(query_codes, keys.v, tables.weight, each):
+        results = by_mosaic.follow(*coded, tables.weight, tables.top, before, mode, each)
     else:
         results = _follow(arrays, size, padded_codes(n_code)[1], each)
     out, lse = _follow(arrays, size, padded_codes(n_code)[1], each, results)
