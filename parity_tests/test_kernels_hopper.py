@@ -331,10 +331,8 @@ def test_float32_attention_is_that_of_triton(monkeypatch: pytest.MonkeyPatch) ->
     value[1, 700, 1, 5] = np.nan
     book_q, book_k = (to_jax(rng.normal(size=(n, n_code, 16)), "float32") for n in (n_head, n_key_head))
     tables = Tables.of(Books.of(book_q, book_k, None, 0.5), 128, jnp.float32)
-    sums = (
-        rng.normal(size=(batch, n_key_head, 1, 128, width)),
-        rng.integers(1, 9, (batch, n_key_head, 1, 128)),
-    )
+    shape = batch, n_key_head, 1, 128
+    sums = rng.normal(size=(*shape, width)), rng.integers(1, 9, shape).astype(float)
     first = vq_sums.Sums(*(to_jax(x, "float32") for x in sums))
     keys = Keys(jnp.asarray(key), to_jax(value, "float32"), None, None)
     results = []

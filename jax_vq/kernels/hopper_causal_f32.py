@@ -1,8 +1,9 @@
 """Causal attention over up to 128 codes for float32 values by Mosaic GPU: `vq_causal_f32` among groups.
 
-Everything is transposed: two groups have 64 columns of the values each, whose sums by code stay in their
-registers, where products take them from in three bfloat16 parts. One group prepares what both multiply with,
-a tile of 64 tokens at a time: rows of `E` of the queries, one-hot keys, weights of pairs, and denominators.
+All is transposed, outputs and sums `[V, ...]`: a product takes its first factor from registers, so that the
+sums by code of 64 columns stay in those of the group that follows them, and only what they are multiplied
+with goes through shared memory. Another group prepares that for two of them, a tile of 64 tokens ahead: rows
+of `E`, one-hot keys and weights of pairs in three bfloat16 parts, and denominators.
 """
 
 from functools import partial
@@ -21,9 +22,11 @@ from jax_vq.ops.numerics import N_PART
 
 N_SIDE = 2  # groups that multiply
 WIDTH = N_SIDE * HALF  # columns of a program
-N_SLOT = 2  # tiles that are prepared
-N_REGISTER = 104, 200  # of a thread: that prepares, that multiplies
-PAIRS = sorted(((i, j) for i in range(N_PART) for j in range(N_PART - i)), key=lambda x: -sum(x))
+N_SLOT = 2  # tiles in shared memory
+# Registers of a thread: that prepares, that multiplies. Three groups have 504: one more, and they wait.
+N_REGISTER = 104, 200
+# Parts that are multiplied, as `tiles.dot_parts` does: the largest come last.
+PAIRS = sorted(((p, q) for p in range(N_PART) for q in range(N_PART - p)), key=sum, reverse=True)
 
 
 def is_usable(query_codes: Array, v: Array, weight: Array, segment_len: int) -> bool:
@@ -133,40 +136,46 @@ def _kernel(
     def prepare() -> None:
         plgpu.set_max_registers(N_REGISTER[0], action="decrease")
 
-        def fetch(i: Any) -> None:
-            codes = query_ref.at[example, head, tile_at(i)]
+        def fetch(i: Any, codes: Array) -> None:
             hopper_parts.fetch_rows()(codes, weight_ref.at[head], rows.at[lax.rem(i, N_SLOT)])
 
         def keys_of(i: Any) -> Array:
             at = pl.ds(first + jnp.minimum(i, n_tile - 1) * HALF, BLOCK)
             return hopper.load(key_ref.at[example, key_head, at], single)
 
-        def weigh(slot: Any, p: int) -> tuple[Array, Array]:
-            """A part of the weights of pairs, causal, and its sums by row."""
+        def queries_of(i: Any) -> Array:
+            return hopper_parts.read_codes()(query_ref.at[example, head, tile_at(jnp.minimum(i, n_tile - 1))])
 
-            def pick(picked: Any) -> tuple[Array, Array]:
+        def weigh(slot: Any, p: int) -> Array:
+            """A part of the weights of pairs, causal; its sums by row, once with those of keys before."""
+
+            def run(picked: Any) -> Array:
                 plgpu.wgmma(picked, rows.at[slot, p], hot.at[slot])
-                found: tuple[Array, Array] = pieces.near_weights(0)(plgpu.wgmma_accumulator_load(picked))
-                return found
+                far = hopper_parts.far_sum()(rows.at[slot], count) if p == N_PART - 1 else 0
+                near[slot, p], total = pieces.near_weights(0)(plgpu.wgmma_accumulator_load(picked))
+                return total + far
 
-            found: tuple[Array, Array] = pl.run_scoped(pick, plgpu.ACC((HALF, HALF), F32))
-            return found
+            total: Array = pl.run_scoped(run, plgpu.ACC((HALF, HALF), F32))
+            return total
 
-        def step(i: Any, keys: Any) -> Any:
-            slot, (before, last, new) = lax.rem(i, N_SLOT), keys
-            more = keys_of(i + 1)
+        def step(i: Any, carry: Any) -> Any:
+            slot, (before, last, new, query) = lax.rem(i, N_SLOT), carry
             hopper_parts.wait_for_rows()()
             plgpu.commit_smem()
             plgpu.barrier_arrive(has_rows.at[slot])
+
+            @pl.when(i + 1 < n_tile)
+            def fetch_more() -> None:
+                pl.when(i + 1 >= N_SLOT)(lambda: plgpu.barrier_wait(rows_done.at[lax.rem(i + 1, N_SLOT)]))
+                fetch(i + 1, query)
+
+            more, query = keys_of(i + 1), queries_of(i + 2)
+            code = hopper.load(query_ref.at[example, head, tile_at(i)], row, optimized=False)
+            largest = pieces.pick()(top_ref, jnp.maximum(code, 0) + head * weight_ref.shape[2])
             pl.when(i >= N_SLOT)(lambda: plgpu.barrier_wait(near_done.at[slot]))
             hopper_parts.scatter()(hot.at[slot], count, before, last, new)
             plgpu.commit_smem()
-            total = hopper_parts.far_sum()(rows.at[slot], count)
-            for p in reversed(range(N_PART)):
-                picked, more_total = weigh(slot, p)
-                near[slot, p] = picked
-                total += more_total
-            code = hopper.load(query_ref.at[example, head, tile_at(i)], row, optimized=False)
+            total = sum(weigh(slot, p) for p in reversed(range(N_PART)))
             total = jnp.where(code < 0, jnp.nan, total)
             share[slot] = 1 / total
             plgpu.commit_smem()
@@ -175,23 +184,17 @@ def _kernel(
             @pl.when(part == 0)
             def write() -> None:
                 total_ref[example, head, tile_at(i)] = total
-                at = jnp.maximum(code, 0) + head * weight_ref.shape[2]
-                largest_ref[example, head, tile_at(i)] = pieces.pick()(top_ref, at)
+                largest_ref[example, head, tile_at(i)] = largest
 
-            @pl.when(i + 1 < n_tile)
-            def fetch_more() -> None:
-                pl.when(i + 1 >= N_SLOT)(lambda: plgpu.barrier_wait(rows_done.at[lax.rem(i + 1, N_SLOT)]))
-                fetch(i + 1)
+            return last, new, more, query
 
-            return last, new, more
-
-        fetch(0)
+        fetch(0, queries_of(0))
         for slot in range(N_SLOT):
             hot[slot] = hopper.filled((CHUNK, HALF), 0, BF16, wide)
         count[...] = hopper.load(number_ref.at[example, key_head, segment], row, optimized=False)
         plgpu.commit_smem()
         nobody = hopper.filled((BLOCK,), NOTHING, jnp.int32, single)
-        lax.fori_loop(0, n_tile, step, (nobody, nobody, keys_of(0)))
+        lax.fori_loop(0, n_tile, step, (nobody, nobody, keys_of(0), queries_of(1)))
 
     @pl.when((group > 0) & is_wanted)
     def attend() -> None:
@@ -208,9 +211,11 @@ def _kernel(
             slot = lax.rem(i, N_SLOT)
             parts = hopper_parts.split(CHUNK)(state)
             plgpu.barrier_wait(has_rows.at[slot])
+            # In turn, or both would multiply at once, and then split at once.
             pl.when((side > 0) | (i > 0))(lambda: plgpu.barrier_wait(turn.at[side]))
-            *small, (high, row) = ((parts[p], rows.at[slot, q]) for p, q in PAIRS)
-            halves = [(high[:, at : at + HALF], row.at[:, pl.ds(at, HALF)]) for at in (0, HALF)]
+            *small, (high, weight) = ((parts[p], rows.at[slot, q]) for p, q in PAIRS)
+            # The largest by halves, which are added where sums are rounded.
+            halves = [(high[:, at : at + HALF], weight.at[:, pl.ds(at, HALF)]) for at in (0, HALF)]
             result = _product(HALF, *small, halves[0])
             result += _product(HALF, halves[1])
             plgpu.barrier_arrive(turn.at[1 - side])

@@ -5,6 +5,7 @@ A float32 number is the sum of three bfloat16 parts, cut off bit by bit (`tiles.
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jax_vq.kernels import hopper
@@ -154,33 +155,61 @@ def _lane_and_warp() -> tuple[Any, Any]:
     return arith.andi(thread, _number(31)), warp
 
 
+def read_codes() -> Any:
+    """Codes of a tile, each in two lanes of the warp that `fetch_rows` has fetch its row."""
+    from jax.experimental.mosaic.gpu import fragmented_array
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm, vector
+
+    single = plgpu.Layout.WG_STRIDED((BLOCK,), vec_size=1)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct((BLOCK,), jnp.int32, layout=single),
+    )
+    def run(_: Any, code_ref: Any) -> Any:
+        i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
+        lane, warp = _lane_and_warp()
+        place = arith.shli(arith.andi(lane, _number(14)), _number(2))
+        place = arith.addi(place, arith.addi(arith.andi(lane, _number(1)), arith.shli(warp, _number(1))))
+        code = llvm.load(i32, _address(code_ref, arith.extui(i64, arith.shli(place, _number(2)))))
+        registers = np.empty(1, dtype=object)
+        registers[0] = vector.from_elements(ir.VectorType.get((1,), i32), [code])
+        layout = fragmented_array.WGStridedFragLayout((BLOCK,), 1)
+        return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
+
+    return run
+
+
 def fetch_rows() -> Any:
-    """Start to copy rows of the parts of `E`, of codes `[64]`; a code under 0 gets row 0.
+    """Start to copy rows of the parts of `E`, of codes by `read_codes`; a code under 0 gets row 0.
 
     Sixteen threads take a row.
     """
-    from jax.experimental.mosaic.gpu import utils
     from jax.experimental.pallas import mosaic_gpu as plgpu
     from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith, llvm
+    from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
+    single = plgpu.Layout.WG_STRIDED((BLOCK,), vec_size=1)
     tiled = plgpu.RefType(hopper.swizzle())
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), tiled))
-    def run(_: Any, code_ref: Any, weight_ref: Any, row_ref: Any) -> None:
-        i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
-        void = ir.Type.parse("!llvm.void")
+    @plgpu.inline_mgpu(arg_types=(single, plgpu.RefType(), tiled))
+    def run(_: Any, codes: Any, weight_ref: Any, row_ref: Any) -> None:
+        void, i64 = ir.Type.parse("!llvm.void"), ir.IntegerType.get_signless(64)
         n_byte = 2 * CHUNK * ir.MemRefType(weight_ref.type).shape[1]  # of a part
-        thread = arith.remui(utils.thread_idx(), _number(128))
-        piece, row = arith.andi(thread, _number(15)), arith.shrui(thread, _number(4))
+        lane, warp = _lane_and_warp()
+        piece, half = arith.andi(lane, _number(15)), arith.shrui(lane, _number(4))
+        row = arith.addi(arith.shli(warp, _number(1)), half)
         place = arith.shli(arith.xori(arith.andi(piece, _number(7)), row), _number(4))  # swizzled
         tile = arith.shli(arith.shrui(piece, _number(3)), _number(10))
-        target = arith.addi(arith.addi(place, tile), arith.shli(row, _number(7)))
-        target = _address(row_ref, target)
+        target = _address(row_ref, arith.addi(arith.addi(place, tile), arith.shli(row, _number(7))))
         source = arith.extui(i64, arith.shli(piece, _number(4)))
+        known = vector.extract(codes.registers.reshape(-1)[0], [], [0])
+        known = arith.maxsi(known, _number(0))
         for k in range(HALF // 8):
-            at = arith.shli(arith.addi(row, _number(8 * k)), _number(2))
-            code = arith.maxsi(llvm.load(i32, _address(code_ref, arith.extui(i64, at))), _number(0))
+            arguments = _number(-1), known, arith.addi(half, _number(2 * k)), _number(31)
+            code = nvvm.shfl_sync(*arguments, nvvm.ShflKind.idx)
             at = arith.extui(i64, arith.shli(code, _number(8)))
             address = _address(weight_ref, arith.addi(source, at))
             for p in range(N_PART):
