@@ -18,7 +18,7 @@ from jax_vq.kernels.hopper_pieces import BLOCK, CHUNK, HALF, NOTHING
 from jax_vq.kernels.tiles import BF16, F32
 from jax_vq.kernels.vq_sums import Sums
 
-N_SLOT = 2  # tiles of values in shared memory
+N_SLOT = 3  # tiles of values in shared memory
 N_STATE = 2  # sums there
 # Registers of a thread: that follows the sums, of the first half of the queries, of the second.
 N_REGISTER = 168, 152, 184
@@ -60,7 +60,7 @@ def follow(
         hopper.swizzled(CHUNK, BLOCK, dtype=BF16),
         hopper.swizzled(N_STATE, CHUNK, width, dtype=BF16),
         hopper.swizzled(BLOCK // HALF, HALF, width, dtype=BF16),
-        plgpu.SMEM((CHUNK,), F32),
+        plgpu.SMEM((CHUNK,), jnp.int32),
         plgpu.Barrier(num_arrivals=1, num_barriers=N_SLOT),
         plgpu.Barrier(num_arrivals=2, num_barriers=N_SLOT),
         plgpu.Barrier(num_arrivals=1),
@@ -133,7 +133,7 @@ def _kernel(
         hot[...] = hopper.filled((CHUNK, BLOCK), 0, BF16, wide)
         at = example, key_head, segment
         sums = hopper.load(sum_ref.at[at], wide, optimized=False)
-        count[...] = hopper.load(number_ref.at[at], row, optimized=False)
+        count[...] = hopper.load(number_ref.at[at], row, optimized=False).astype(jnp.int32)
         plgpu.commit_smem()
 
         def step(i: Any, carry: Any) -> Any:
@@ -169,15 +169,18 @@ def _kernel(
         def at_tile(i: Any) -> Any:
             return pl.ds(first + i * BLOCK + half * HALF, HALF)
 
-        def queries_of(i: Any) -> tuple[Array, Array, Array]:
-            """Codes, their largest scores, and their rows of `E`."""
+        def code_of(i: Any) -> Array:
             at = at_tile(jnp.minimum(i, n_tile - 1))
-            code = hopper.load(query_ref.at[example, head, at], row, optimized=False)
+            return hopper.load(query_ref.at[example, head, at], row, optimized=False)
+
+        def rows_of(code: Array) -> tuple[Array, Array]:
+            """Largest scores, and rows of `E`."""
             rows = jnp.maximum(code, 0) + head * n_query_code
-            return code, pieces.pick()(top_ref, rows), pieces.gather(0)(weight_ref, rows)
+            return pieces.pick()(top_ref, rows), pieces.gather(0)(weight_ref, rows)
 
         def step(i: Any, carry: Any) -> Any:
             code, largest, weight = carry
+            more = code_of(i + 1)  # long before its rows are read
             slot = lax.rem(i, N_SLOT)
             plgpu.barrier_wait(ready)
 
@@ -200,15 +203,16 @@ def _kernel(
 
             found = pl.run_scoped(add, plgpu.ACC((HALF, width), F32))
             # While the output is written: under a product, ptxas would have all products wait.
-            more = queries_of(i + 1)
+            more_rows = rows_of(more)
             total = pieces.prepare_rows(out.at[half], code, found, total)
             total_ref[example, head, at_tile(i)] = total
             largest_ref[example, head, at_tile(i)] = largest
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out.at[half], out_ref.at[example, at_tile(i), head])
-            return more
+            return more, *more_rows
 
-        lax.fori_loop(0, n_tile, step, queries_of(0))
+        code = code_of(0)
+        lax.fori_loop(0, n_tile, step, (code, *rows_of(code)))
         plgpu.wait_smem_to_gmem(0)
 
     pl.when((group == 1) & is_wanted)(partial(attend, 0))

@@ -117,7 +117,7 @@ def scatter(*, counts: bool = False) -> Any:
     """One-hot keys in place of others: a thread clears an entry and sets one, instead of writing a column.
 
     Of `[C, T]`, codes `[T]` that were here, and new ones; others than 0 to C - 1 are nowhere. With `counts`,
-    `[C]` float32 also takes in the codes that were here.
+    `[C]` int32 also takes in the codes that were here; shared memory adds integers by itself, but no floats.
     """
     from jax.experimental.mosaic.gpu import utils
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -146,10 +146,8 @@ def scatter(*, counts: bool = False) -> Any:
             arguments = [_address(hot_ref, offset), bits, is_here]
             llvm.inline_asm(void, arguments, "@$2 st.shared.b16 [$0], $1;", "r,h,b", has_side_effects=True)
             for ref in count_ref if value == 0 else ():
-                one = utils.c(1.0, ir.F32Type.get())
-                arguments = [_address(ref, arith.shli(code, _number(2))), one, is_here]
-                ptx = "@$2 red.shared.add.f32 [$0], $1;"
-                llvm.inline_asm(void, arguments, ptx, "r,f,b", has_side_effects=True)
+                arguments, ptx = [_address(ref, arith.shli(code, _number(2))), is_here], "red.shared.add.u32"
+                llvm.inline_asm(void, arguments, f"@$1 {ptx} [$0], 1;", "r,b", has_side_effects=True)
 
     return run
 
@@ -217,7 +215,10 @@ def pick() -> Any:
 
 
 def far_sum() -> Any:
-    """Weights of a chunk times counts, by row in float32: a few numbers at once, while products run."""
+    """Weights of a chunk times counts, by row in float32: a few numbers at once, while products run.
+
+    Of counts in float32 or int32.
+    """
     from jax.experimental.mosaic.gpu import utils
     from jax.experimental.pallas import mosaic_gpu as plgpu
     from jaxlib.mlir import ir
@@ -231,7 +232,8 @@ def far_sum() -> Any:
     )
     def run(_: Any, weight: Any, count_ref: Any) -> Any:
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        pair, zero = ir.VectorType.get((2,), f32), utils.c(0.0, f32)
+        kind, zero = ir.MemRefType(count_ref.type).element_type, utils.c(0.0, f32)
+        pair = ir.VectorType.get((2,), kind)
         start = arith.shli(arith.andi(utils.thread_idx(), _number(3)), _number(3))
         registers, sums = weight.registers.reshape(-1), [[zero, zero], [zero, zero]]
         for k in range(CHUNK // 8):
@@ -240,6 +242,7 @@ def far_sum() -> Any:
                 bits = utils.bitcast(registers[2 * k + h], i32)
                 for j, x in enumerate((arith.shli(bits, _number(16)), arith.andi(bits, _number(-(2**16))))):
                     number = llvm.extractelement(count, _number(j))
+                    number = number if kind == f32 else arith.sitofp(f32, number)
                     sums[h][j] = llvm.intr_fma(arith.bitcast(f32, x), number, sums[h][j])
         return _sums_of_rows([arith.addf(*x) for x in sums])
 
