@@ -140,8 +140,9 @@ def _kernel(
             sums, old, new = carry
             slot, more = lax.rem(i, N_SLOT), keys_of(i + 1)
             pl.when(i > 0)(partial(plgpu.barrier_wait, done))
-            pieces.scatter(counts=True)(hot, old, new, count)
+            # First, since it has the group wait for all of its warps: none still multiplies with `hot`.
             state[lax.rem(i, N_STATE)] = sums.astype(BF16)
+            pieces.scatter(counts=True)(hot, old, new, count)
             plgpu.commit_smem()
             plgpu.barrier_arrive(ready)
             plgpu.barrier_wait(full.at[slot])
