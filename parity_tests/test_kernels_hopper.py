@@ -20,6 +20,7 @@ from jax_vq.kernels import (
     hopper_codes,
     hopper_states,
     hopper_sums,
+    hopper_window,
     quantize,
     sizes,
     tiles,
@@ -29,10 +30,10 @@ from jax_vq.kernels import (
 )
 from jax_vq.kernels.vq_tables import Tables
 from jax_vq.ops import implementations
-from jax_vq.ops.vq_blocks import Keys
-from jax_vq.ops.vq_causal import Books
+from jax_vq.ops.vq_blocks import Form, Keys
+from jax_vq.ops.vq_causal import Books, Queries
 from parity_tests.support import assert_close, assert_gradient_close, to_jax, to_numpy
-from parity_tests.vq_calls import differentiable, optional
+from parity_tests.vq_calls import attend, differentiable, optional
 from vq_common import vq_oracle
 from vq_common.cases import Case, Inputs, case_inputs
 
@@ -149,6 +150,32 @@ def test_shapes_of_float32_attention(v: Any, n_code: int, segment_len: int, is_u
     assert not hopper_causal_f32.is_usable(other, v, weight, segment_len)
 
 
+@pytest.mark.usefixtures("is_compiled")
+@pytest.mark.parametrize(
+    "q, v, n_code, form, is_usable",
+    [
+        (shape(), shape(), 512, Form(0.1, 512, 512, 4), True),
+        (shape(length=136), shape(length=136), 128, Form(0.1, 128, 384, 64), True),
+        (shape(width=64), shape(), 384, Form(0.1, 384, 128), True),
+        (shape(), shape(), 512, Form(0.1, 512, 64, 4), False),
+        (shape(), shape(), 512, Form(0.1, 192, 128, 4), False),
+        (shape(), shape(), 512, Form(0.1, 512, 512, 65), False),
+        (shape(), shape(), 512, Form(-0.1, 512, 512, 4), False),
+        (shape(), shape(), 640, Form(0.1, 512, 512, 4), False),
+        (shape(), shape(), 64, Form(0.1, 512, 512, 4), False),
+        (shape(length=120), shape(length=120), 128, Form(0.1, 128, 128), False),
+        (shape(length=260), shape(length=260), 128, Form(0.1, 128, 128), False),
+        (shape(width=96), shape(), 128, Form(0.1, 128, 128), False),
+        (shape(), shape(width=96), 128, Form(0.1, 128, 128), False),
+        (shape(dtype=jnp.float32), shape(), 128, Form(0.1, 128, 128), False),
+    ],
+)
+def test_shapes_of_a_window(q: Any, v: Any, n_code: int, form: Form, is_usable: bool) -> None:
+    codes, weight = jnp.zeros(v.shape[:3], jnp.int32), jax.ShapeDtypeStruct((3, 100, n_code), jnp.bfloat16)
+    queries, keys = Queries(q, codes, q), Keys(codes, v, q, None)
+    assert hopper_window.is_usable(queries, keys, weight, form) == is_usable
+
+
 def test_triton_alone_runs_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """By name, and no longer than that call."""
     seen = []
@@ -192,23 +219,24 @@ def test_no_kernel_of_mosaic_is_interpreted(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.usefixtures("is_compiled")
 @pytest.mark.parametrize(
-    "dtype, n_code, is_causal, n_kernel",
+    "dtype, n_code, options, n_kernel",
     [
-        ("bfloat16", 128, True, 4),
-        ("bfloat16", 128, False, 3),
-        ("bfloat16", 512, True, 5),
-        ("float32", 128, True, 1),
+        ("bfloat16", 128, {"is_causal": True}, 4),
+        ("bfloat16", 128, {"is_causal": False}, 3),
+        ("bfloat16", 512, {"is_causal": True}, 5),
+        ("bfloat16", 512, {"is_causal": True, "block_len": 128, "mem_len": 128, "n_sink": 4}, 5),
+        ("float32", 128, {"is_causal": True}, 1),
     ],
 )
 def test_kernels_lower_for_a_gpu(
-    dtype: str, n_code: int, is_causal: bool, n_kernel: int, monkeypatch: pytest.MonkeyPatch
+    dtype: str, n_code: int, options: dict[str, Any], n_kernel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if jax.__version_info__ >= (0, 11) and not ON_GPU:
         pytest.skip("this jax lowers for a GPU that is there, or named")
     monkeypatch.setattr(quantize, "BRIEF", 0)
     monkeypatch.setattr(implementations, "why_not_here", lambda asked: None)
     x, book = shape(dtype=dtype), jax.ShapeDtypeStruct((3, n_code, 128), jnp.float32)
-    call = jax.jit(lambda *arrays: jax_vq.vq_attention(*arrays, is_causal=is_causal))
+    call = jax.jit(lambda *arrays: jax_vq.vq_attention(*arrays, **options))
     text = call.trace(x, x, x, book, book).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == n_kernel
 
@@ -302,6 +330,76 @@ def test_attention_matches_the_oracle(
     for found, target in zip(gradients, targets, strict=True):
         if target is not None:
             assert_gradient_close(found, target, "bfloat16")
+
+
+@pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The shapes of values of the calls that `hopper_window` ran."""
+    seen, run = [], hopper_window.window_attention
+
+    def look(queries: Queries, keys: Keys, *rest: Any) -> Any:
+        seen.append(keys.v.shape)
+        return run(queries, keys, *rest)
+
+    monkeypatch.setattr(hopper_window, "window_attention", look)
+    return seen
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    "length, widths, n_code, window",
+    [
+        (1160, (128, 128), 500, {"block_len": 512, "mem_len": 512, "n_sink": 4}),
+        (1160, (128, 128), 500, {"block_len": 512, "mem_len": 512, "n_sink": 0}),
+        (1000, (64, 64), 128, {"block_len": 256, "mem_len": 128, "n_sink": 4}),
+        (1000, (64, 128), 300, {"block_len": 384, "mem_len": 128, "n_sink": 64}),
+        (904, (128, 64), 100, {"block_len": 128, "mem_len": 384, "n_sink": 0}),
+        (128, (128, 128), 128, {"block_len": 128, "mem_len": 128, "n_sink": 4}),
+    ],
+)
+def test_windows_match_the_oracle(
+    length: int, widths: tuple[int, int], n_code: int, window: dict[str, Any], windows: list[Any]
+) -> None:
+    """Heads that share keys, last tiles that are cut short, and the gradients that follow."""
+    heads = {"n_head": 4, "n_kv_head": 2, "has_local": True}
+    codes = {"n_code_q": n_code, "n_code_k": n_code}
+    inputs = inputs_of(q_len=length, d_k=widths[0], d_v=widths[1], **heads, **codes)
+    options: dict[str, Any] = {"is_causal": True, **window}
+    out, gradients = differentiable("jax", inputs, "bfloat16", **options)(inputs.d_out)
+    assert windows
+    options |= optional(inputs)
+    assert_close(out, vq_oracle.vq_attention(*inputs[:5], **options), "bfloat16")
+    targets = vq_oracle.vq_attention_gradients(*inputs[:5], inputs.d_out, **options)
+    for found, target in zip(gradients, targets, strict=True):
+        if target is not None:
+            assert_gradient_close(found, target, "bfloat16")
+
+
+@on_gpu
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "name, token, last",
+    [
+        ("q_local", 300, 301),
+        ("k_local", 2, 1032),  # a sink
+        ("k_local", 300, 640),  # seen by its block and the next two, then through its code
+        ("k_local", 1031, 1032),
+    ],
+)
+def test_what_is_not_finite_stays_in_its_window(
+    name: str, token: int, last: int, value: float, windows: list[Any]
+) -> None:
+    window: dict[str, Any] = {"block_len": 128, "mem_len": 256, "n_sink": 4}
+    inputs = inputs_of(q_len=1032, d_k=128, d_v=128, n_head=2, n_code_q=128, n_code_k=128, has_local=True)
+    clean = attend("jax", inputs, "bfloat16", is_causal=True, **window)
+    x = getattr(inputs, name).copy()
+    x[1, token, 1, 2] = value
+    out = attend("jax", inputs._replace(**{name: x}), "bfloat16", is_causal=True, **window)
+    assert windows
+    rows = np.zeros(out.shape, bool)
+    rows[1, token:last, 1] = True
+    np.testing.assert_array_equal(np.isnan(out), rows)
+    np.testing.assert_array_equal(out[~rows], clean[~rows])
 
 
 @on_gpu

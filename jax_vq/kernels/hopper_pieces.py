@@ -294,3 +294,35 @@ def near_weights(half: int) -> Any:
         return picked, _sums_of_rows([arith.addf(*x) for x in sums])
 
     return run
+
+
+def limited(size: int) -> Any:
+    """Scores of so many keys, -inf for those from each row's limit on, and NaN for what is not finite."""
+    from jax.experimental.mosaic.gpu import fragmented_array, utils
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm, math, vector
+
+    wide, row, shape = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), (HALF, size)
+
+    @plgpu.inline_mgpu(arg_types=(wide, row), return_type=plgpu.ShapeDtypeStruct(shape, F32, layout=wide))
+    def run(_: Any, score: Any, limit: Any) -> Any:
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        nan, least, infinite = (utils.c(x, f32) for x in (float("nan"), -float("inf"), float("inf")))
+        column = arith.shli(arith.andi(utils.thread_idx(), _number(3)), _number(1))
+        ahead = []
+        for x in limit.registers.reshape(-1):
+            less = arith.subi(vector.extract(x, [], [0]), column)
+            ahead += [llvm.inline_asm(i32, [less], "mov.b32 $0, $1;", "=r,r", has_side_effects=True)]
+        registers = np.empty(size // 4, dtype=object)
+        for k in range(size // 8):
+            for h in range(2):
+                two = [vector.extract(score.registers.reshape(-1)[2 * k + h], [], [j]) for j in range(2)]
+                for j in range(2):
+                    is_finite = arith.cmpf(arith.CmpFPredicate.OLT, math.absf(two[j]), infinite)
+                    is_seen = arith.cmpi(arith.CmpIPredicate.sgt, ahead[h], _number(8 * k + j))
+                    two[j] = arith.select(is_seen, arith.select(is_finite, two[j], nan), least)
+                registers[2 * k + h] = vector.from_elements(ir.VectorType.get((2,), f32), two)
+        return _fragment(registers, fragmented_array.WGMMA_LAYOUT, shape)
+
+    return run

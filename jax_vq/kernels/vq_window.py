@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jax_vq.kernels import sizes
+from jax_vq.kernels import hopper_window, sizes
 from jax_vq.kernels.tiles import (
     F32,
     NARROW,
@@ -88,6 +88,8 @@ def window_attention(
       weight: `[H, Cq, C]`, top: `[H, Cq]`, of `vq_tables.Tables`.
       states: before every `spacing(form)` tokens, without the sinks.
     """
+    if hopper_window.is_usable(queries, keys, weight, form):
+        return hopper_window.window_attention(queries, keys, weight, top, states, form)
     batch, length, n_head = queries.codes.shape
     width, n_code = keys.v.shape[3], weight.shape[2]
     size = sizes.size_of("window", n_code)
