@@ -13,10 +13,10 @@ from jax_vq.kernels.hopper_pieces import (
     BLOCK,
     CHUNK,
     HALF,
-    _address,
-    _fragment,
-    _number,
-    _sums_of_rows,
+    fragment,
+    integer,
+    pointer,
+    sums_of_rows,
 )
 from jax_vq.kernels.tiles import BF16, F32, HIGH_BITS
 from jax_vq.ops.numerics import N_PART
@@ -54,7 +54,7 @@ def _parts_of_pair(pair: list[Any]) -> list[Any]:
         word = llvm.inline_asm(i32, bits, "prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", has_side_effects=False)
         parts.append(utils.bitcast(word, two))
         if p + 1 < N_PART:
-            high = [arith.bitcast(f32, arith.andi(x, _number(int(HIGH_BITS)))) for x in bits]
+            high = [arith.bitcast(f32, arith.andi(x, integer(int(HIGH_BITS)))) for x in bits]
             pair = [arith.subf(x, y) for x, y in zip(pair, high, strict=True)]
     return parts
 
@@ -75,7 +75,7 @@ def split(n_column: int) -> Any:
         registers = np.empty((N_PART, len(pairs)), dtype=object)
         for i, pair in enumerate(pairs):
             registers[:, i] = _parts_of_pair([vector.extract(pair, [], [j]) for j in range(2)])
-        return tuple(_fragment(part, fragmented_array.WGMMA_LAYOUT, shape) for part in registers)
+        return tuple(fragment(part, fragmented_array.WGMMA_LAYOUT, shape) for part in registers)
 
     return run
 
@@ -98,7 +98,7 @@ def transposed_parts() -> Any:
         registers = np.empty((N_PART, len(pairs)), dtype=object)
         for i, pair in enumerate(pairs):
             registers[:, i] = _parts_of_pair(pair)
-        return tuple(_fragment(part, fragmented_array.WGMMA_LAYOUT, shape) for part in registers)
+        return tuple(fragment(part, fragmented_array.WGMMA_LAYOUT, shape) for part in registers)
 
     return run
 
@@ -124,18 +124,18 @@ def _pairs_of_tokens(value_ref: Any) -> list[list[Any]]:
     from jaxlib.mlir.dialects import arith
 
     lane, warp = _lane_and_warp()
-    column = arith.addi(arith.shli(warp, _number(4)), arith.shrui(lane, _number(2)))
-    token = arith.shli(arith.andi(lane, _number(3)), _number(1))
+    column = arith.addi(arith.shli(warp, integer(4)), arith.shrui(lane, integer(2)))
+    token = arith.shli(arith.andi(lane, integer(3)), integer(1))
     starts: list[list[Any]] = [[], []]
     for h in range(2):
-        at = arith.addi(column, _number(8 * h))
-        tile = arith.shli(arith.shrui(at, _number(5)), _number(10))
-        place = arith.shli(arith.andi(at, _number(31)), _number(2))
+        at = arith.addi(column, integer(8 * h))
+        tile = arith.shli(arith.shrui(at, integer(5)), integer(10))
+        place = arith.shli(arith.andi(at, integer(31)), integer(2))
         for j in range(2):
-            row = arith.addi(token, _number(j))
-            offset = arith.xori(place, arith.shli(row, _number(4)))  # swizzled
-            offset = arith.addi(arith.addi(offset, tile), arith.shli(row, _number(7)))
-            starts[h].append(_address(value_ref, offset))
+            row = arith.addi(token, integer(j))
+            offset = arith.xori(place, arith.shli(row, integer(4)))  # swizzled
+            offset = arith.addi(arith.addi(offset, tile), arith.shli(row, integer(7)))
+            starts[h].append(pointer(value_ref, offset))
     i8 = ir.IntegerType.get_signless(8)
     return [
         [utils.getelementptr(start, [2 * TILE_BYTES * k], i8) for start in starts[h]]
@@ -151,8 +151,8 @@ def _lane_and_warp() -> tuple[Any, Any]:
 
     i32 = ir.IntegerType.get_signless(32)
     thread = llvm.inline_asm(i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True)
-    warp = arith.andi(arith.shrui(thread, _number(5)), _number(3))
-    return arith.andi(thread, _number(31)), warp
+    warp = arith.andi(arith.shrui(thread, integer(5)), integer(3))
+    return arith.andi(thread, integer(31)), warp
 
 
 def read_codes() -> Any:
@@ -171,9 +171,9 @@ def read_codes() -> Any:
     def run(_: Any, code_ref: Any) -> Any:
         i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
         lane, warp = _lane_and_warp()
-        place = arith.shli(arith.andi(lane, _number(14)), _number(2))
-        place = arith.addi(place, arith.addi(arith.andi(lane, _number(1)), arith.shli(warp, _number(1))))
-        code = llvm.load(i32, _address(code_ref, arith.extui(i64, arith.shli(place, _number(2)))))
+        place = arith.shli(arith.andi(lane, integer(14)), integer(2))
+        place = arith.addi(place, arith.addi(arith.andi(lane, integer(1)), arith.shli(warp, integer(1))))
+        code = llvm.load(i32, pointer(code_ref, arith.extui(i64, arith.shli(place, integer(2)))))
         registers = np.empty(1, dtype=object)
         registers[0] = vector.from_elements(ir.VectorType.get((1,), i32), [code])
         layout = fragmented_array.WGStridedFragLayout((BLOCK,), 1)
@@ -199,19 +199,19 @@ def fetch_rows() -> Any:
         void, i64 = ir.Type.parse("!llvm.void"), ir.IntegerType.get_signless(64)
         n_byte = 2 * CHUNK * ir.MemRefType(weight_ref.type).shape[1]  # of a part
         lane, warp = _lane_and_warp()
-        piece, half = arith.andi(lane, _number(15)), arith.shrui(lane, _number(4))
-        row = arith.addi(arith.shli(warp, _number(1)), half)
-        place = arith.shli(arith.xori(arith.andi(piece, _number(7)), row), _number(4))  # swizzled
-        tile = arith.shli(arith.shrui(piece, _number(3)), _number(10))
-        target = _address(row_ref, arith.addi(arith.addi(place, tile), arith.shli(row, _number(7))))
-        source = arith.extui(i64, arith.shli(piece, _number(4)))
+        piece, half = arith.andi(lane, integer(15)), arith.shrui(lane, integer(4))
+        row = arith.addi(arith.shli(warp, integer(1)), half)
+        place = arith.shli(arith.xori(arith.andi(piece, integer(7)), row), integer(4))  # swizzled
+        tile = arith.shli(arith.shrui(piece, integer(3)), integer(10))
+        target = pointer(row_ref, arith.addi(arith.addi(place, tile), arith.shli(row, integer(7))))
+        source = arith.extui(i64, arith.shli(piece, integer(4)))
         known = vector.extract(codes.registers.reshape(-1)[0], [], [0])
-        known = arith.maxsi(known, _number(0))
+        known = arith.maxsi(known, integer(0))
         for k in range(HALF // 8):
-            arguments = _number(-1), known, arith.addi(half, _number(2 * k)), _number(31)
+            arguments = integer(-1), known, arith.addi(half, integer(2 * k)), integer(31)
             code = nvvm.shfl_sync(*arguments, nvvm.ShflKind.idx)
-            at = arith.extui(i64, arith.shli(code, _number(8)))
-            address = _address(weight_ref, arith.addi(source, at))
+            at = arith.extui(i64, arith.shli(code, integer(8)))
+            address = pointer(weight_ref, arith.addi(source, at))
             for p in range(N_PART):
                 to = 2 * TILE_BYTES * k + CHUNK_BYTES * p
                 ptx = f"cp.async.cg.shared.global [$0 + {to}], [$1 + {n_byte * p}], {N_AT_ONCE};"
@@ -251,25 +251,25 @@ def scatter() -> Any:
     @plgpu.inline_mgpu(arg_types=(tiled, plgpu.RefType(), single, single, single))
     def run(_: Any, hot_ref: Any, count_ref: Any, old: Any, counted: Any, new: Any) -> None:
         void, ult = ir.Type.parse("!llvm.void"), arith.CmpIPredicate.ult
-        token = arith.remui(utils.thread_idx(), _number(BLOCK))
-        is_token = arith.cmpi(ult, token, _number(HALF))
+        token = arith.remui(utils.thread_idx(), integer(BLOCK))
+        is_token = arith.cmpi(ult, token, integer(HALF))
 
         def code_of(codes: Any) -> tuple[Any, Any]:
             code = vector.extract(codes.registers.reshape(-1)[0], [], [0])
-            is_here = arith.andi(is_token, arith.cmpi(ult, code, _number(CHUNK)))
-            return arith.select(is_here, code, _number(0)), is_here
+            is_here = arith.andi(is_token, arith.cmpi(ult, code, integer(CHUNK)))
+            return arith.select(is_here, code, integer(0)), is_here
 
         for codes, value in ((old, 0), (new, 0x3F80)):  # bits of 0 and 1
             code, is_here = code_of(codes)
-            row = arith.andi(code, _number(7))
-            offset = arith.xori(arith.shli(token, _number(1)), arith.shli(row, _number(4)))  # swizzled
-            offset = arith.addi(arith.shli(code, _number(7)), offset)
+            row = arith.andi(code, integer(7))
+            offset = arith.xori(arith.shli(token, integer(1)), arith.shli(row, integer(4)))  # swizzled
+            offset = arith.addi(arith.shli(code, integer(7)), offset)
             bits = utils.c(value, ir.IntegerType.get_signless(16))
-            arguments = [_address(hot_ref, offset), bits, is_here]
+            arguments = [pointer(hot_ref, offset), bits, is_here]
             llvm.inline_asm(void, arguments, "@$2 st.shared.b16 [$0], $1;", "r,h,b", has_side_effects=True)
         code, is_here = code_of(counted)
         arguments = [
-            _address(count_ref, arith.shli(code, _number(2))),
+            pointer(count_ref, arith.shli(code, integer(2))),
             utils.c(1.0, ir.F32Type.get()),
             is_here,
         ]
@@ -297,14 +297,14 @@ def far_sum() -> Any:
         i32, f32, i8 = ir.IntegerType.get_signless(32), ir.F32Type.get(), ir.IntegerType.get_signless(8)
         four, words = ir.VectorType.get((4,), f32), ir.VectorType.get((4,), i32)
         lane, warp = _lane_and_warp()
-        line, quarter = arith.shrui(lane, _number(2)), arith.andi(lane, _number(3))
-        first = arith.addi(arith.shli(warp, _number(12)), arith.shli(line, _number(7)))
+        line, quarter = arith.shrui(lane, integer(2)), arith.andi(lane, integer(3))
+        first = arith.addi(arith.shli(warp, integer(12)), arith.shli(line, integer(7)))
         sums = [[utils.c(0.0, f32)] * 2 for _ in range(2)]
         for c in range(CHUNK // 32):  # eight codes of 32 are a thread's
-            piece = arith.xori(arith.addi(quarter, _number(4 * (c % 2))), line)  # swizzled
-            start = arith.addi(first, arith.shli(piece, _number(4)))
-            start = _address(row_ref, arith.addi(start, _number(TILE_BYTES * (c // 2))))
-            at = _address(count_ref, arith.addi(arith.shli(quarter, _number(5)), _number(128 * c)))
+            piece = arith.xori(arith.addi(quarter, integer(4 * (c % 2))), line)  # swizzled
+            start = arith.addi(first, arith.shli(piece, integer(4)))
+            start = pointer(row_ref, arith.addi(start, integer(TILE_BYTES * (c // 2))))
+            at = pointer(count_ref, arith.addi(arith.shli(quarter, integer(5)), integer(128 * c)))
             count = [
                 llvm.load(four, utils.getelementptr(at, [16 * n], i8), alignment=N_AT_ONCE) for n in range(2)
             ]
@@ -313,11 +313,11 @@ def far_sum() -> Any:
                     address = utils.getelementptr(start, [CHUNK_BYTES * p + 2 * TILE_BYTES * h], i8)
                     weight = llvm.load(words, address, alignment=N_AT_ONCE)
                     for n in range(4):
-                        bits = llvm.extractelement(weight, _number(n))
-                        pair = arith.shli(bits, _number(16)), arith.andi(bits, _number(int(HIGH_BITS)))
+                        bits = llvm.extractelement(weight, integer(n))
+                        pair = arith.shli(bits, integer(16)), arith.andi(bits, integer(int(HIGH_BITS)))
                         for j, x in enumerate(pair):
-                            number = llvm.extractelement(count[n // 2], _number(2 * (n % 2) + j))
+                            number = llvm.extractelement(count[n // 2], integer(2 * (n % 2) + j))
                             sums[h][j] = llvm.intr_fma(arith.bitcast(f32, x), number, sums[h][j])
-        return _sums_of_rows([arith.addf(*x) for x in sums])
+        return sums_of_rows([arith.addf(*x) for x in sums])
 
     return run

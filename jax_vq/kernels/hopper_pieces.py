@@ -77,14 +77,15 @@ def unknown_zero() -> Any:
     return run
 
 
-def _number(x: int) -> Any:
+def integer(x: int) -> Any:
+    """A constant of 32 bits."""
     from jax.experimental.mosaic.gpu import utils
     from jaxlib.mlir import ir
 
     return utils.c(x, ir.IntegerType.get_signless(32))
 
 
-def _address(ref: Any, offset: Any) -> Any:
+def pointer(ref: Any, offset: Any) -> Any:
     """A pointer so many bytes behind the start of an array."""
     from jax.experimental.mosaic.gpu import utils
     from jaxlib.mlir import ir
@@ -92,14 +93,15 @@ def _address(ref: Any, offset: Any) -> Any:
     return utils.getelementptr(utils.memref_ptr(ref), [offset], ir.IntegerType.get_signless(8))
 
 
-def _fragment(registers: Any, layout: Any, shape: tuple[int, ...]) -> Any:
+def fragment(registers: Any, layout: Any, shape: tuple[int, ...]) -> Any:
+    """A float array of registers."""
     from jax.experimental.mosaic import gpu as mgpu
 
     registers = registers.reshape(layout.registers_shape(shape))
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
-def _sums_of_rows(parts: list[Any]) -> Any:
+def sums_of_rows(parts: list[Any]) -> Any:
     """Of a sum of each row by thread, those of four threads that share it."""
     from jax.experimental.mosaic.gpu import fragmented_array, utils
     from jaxlib.mlir import ir
@@ -110,7 +112,7 @@ def _sums_of_rows(parts: list[Any]) -> Any:
         for distance in (1, 2):
             x = arith.addf(x, utils.shfl_bfly(x, distance))
         sums[h] = vector.from_elements(ir.VectorType.get((1,), x.type), [x])
-    return _fragment(sums, fragmented_array.WGMMA_LAYOUT.reduce((1,)), (HALF,))
+    return fragment(sums, fragmented_array.WGMMA_LAYOUT.reduce((1,)), (HALF,))
 
 
 def scatter(*, counts: bool = False) -> Any:
@@ -130,23 +132,23 @@ def scatter(*, counts: bool = False) -> Any:
     @plgpu.inline_mgpu(arg_types=(tiled, single, single, *((plgpu.RefType(),) if counts else ())))
     def run(_: Any, hot_ref: Any, old: Any, new: Any, *count_ref: Any) -> None:
         void = ir.Type.parse("!llvm.void")
-        token = arith.remui(utils.thread_idx(), _number(BLOCK))
-        half, place = arith.shrui(token, _number(6)), arith.andi(token, _number(63))
+        token = arith.remui(utils.thread_idx(), integer(BLOCK))
+        half, place = arith.shrui(token, integer(6)), arith.andi(token, integer(63))
         for code, value in ((old, 0), (new, 0x3F80)):  # bits of 0 and 1
             code = vector.extract(code.registers.reshape(-1)[0], [], [0])
-            is_here = arith.cmpi(arith.CmpIPredicate.ult, code, _number(CHUNK))
-            code = arith.select(is_here, code, _number(0))
-            row = arith.andi(code, _number(7))
-            tile = arith.addi(arith.shli(arith.shrui(code, _number(3)), _number(1)), half)
-            column = arith.xori(arith.shli(place, _number(1)), arith.shli(row, _number(4)))  # swizzled
+            is_here = arith.cmpi(arith.CmpIPredicate.ult, code, integer(CHUNK))
+            code = arith.select(is_here, code, integer(0))
+            row = arith.andi(code, integer(7))
+            tile = arith.addi(arith.shli(arith.shrui(code, integer(3)), integer(1)), half)
+            column = arith.xori(arith.shli(place, integer(1)), arith.shli(row, integer(4)))  # swizzled
             offset = arith.addi(
-                arith.shli(tile, _number(10)), arith.addi(arith.shli(row, _number(7)), column)
+                arith.shli(tile, integer(10)), arith.addi(arith.shli(row, integer(7)), column)
             )
             bits = utils.c(value, ir.IntegerType.get_signless(16))
-            arguments = [_address(hot_ref, offset), bits, is_here]
+            arguments = [pointer(hot_ref, offset), bits, is_here]
             llvm.inline_asm(void, arguments, "@$2 st.shared.b16 [$0], $1;", "r,h,b", has_side_effects=True)
             for ref in count_ref if value == 0 else ():
-                arguments, ptx = [_address(ref, arith.shli(code, _number(2))), is_here], "red.shared.add.u32"
+                arguments, ptx = [pointer(ref, arith.shli(code, integer(2))), is_here], "red.shared.add.u32"
                 llvm.inline_asm(void, arguments, f"@$1 {ptx} [$0], 1;", "r,b", has_side_effects=True)
 
     return run
@@ -172,19 +174,19 @@ def gather(c: int) -> Any:
         i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
         pair, four = ir.VectorType.get((2,), ir.BF16Type.get()), llvm.StructType.get_literal([i32] * 4)
         n_byte = 4 * ir.MemRefType(weight_ref.type).shape[1]
-        quarter = arith.andi(utils.thread_idx(), _number(3))
-        start = arith.extui(i64, arith.addi(arith.shli(quarter, _number(4)), _number(2 * CHUNK * c)))
+        quarter = arith.andi(utils.thread_idx(), integer(3))
+        start = arith.extui(i64, arith.addi(arith.shli(quarter, integer(4)), integer(2 * CHUNK * c)))
         registers = np.empty(CHUNK // 4, dtype=object)
         for h, x in enumerate(rows.registers.reshape(-1)):
             at = arith.muli(arith.extui(i64, vector.extract(x, [], [0])), utils.c(n_byte, i64))
-            address = _address(weight_ref, arith.addi(start, at))
+            address = pointer(weight_ref, arith.addi(start, at))
             for i in range(CHUNK // 32):
                 ptx = f"ld.global.v4.b32 {{$0, $1, $2, $3}}, [$4 + {64 * i}];"
                 words = llvm.inline_asm(four, [address], ptx, "=r,=r,=r,=r,l", has_side_effects=True)
                 for p in range(4):
                     word = utils.bitcast(llvm.extractvalue(i32, words, [p]), pair)
                     registers[2 * (4 * i + p) + h] = word
-        return _fragment(registers, fragmented_array.WGMMA_LAYOUT, (HALF, CHUNK))
+        return fragment(registers, fragmented_array.WGMMA_LAYOUT, (HALF, CHUNK))
 
     return run
 
@@ -206,10 +208,10 @@ def pick() -> Any:
         f32, i64 = ir.F32Type.get(), ir.IntegerType.get_signless(64)
         numbers = np.empty(2, dtype=object)
         for h, x in enumerate(rows.registers.reshape(-1)):
-            at = arith.extui(i64, arith.shli(vector.extract(x, [], [0]), _number(2)))
-            number = llvm.load(f32, _address(ref, at))
+            at = arith.extui(i64, arith.shli(vector.extract(x, [], [0]), integer(2)))
+            number = llvm.load(f32, pointer(ref, at))
             numbers[h] = vector.from_elements(ir.VectorType.get((1,), f32), [number])
-        return _fragment(numbers, fragmented_array.WGMMA_LAYOUT.reduce((1,)), (HALF,))
+        return fragment(numbers, fragmented_array.WGMMA_LAYOUT.reduce((1,)), (HALF,))
 
     return run
 
@@ -234,17 +236,17 @@ def far_sum() -> Any:
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         kind, zero = ir.MemRefType(count_ref.type).element_type, utils.c(0.0, f32)
         pair = ir.VectorType.get((2,), kind)
-        start = arith.shli(arith.andi(utils.thread_idx(), _number(3)), _number(3))
+        start = arith.shli(arith.andi(utils.thread_idx(), integer(3)), integer(3))
         registers, sums = weight.registers.reshape(-1), [[zero, zero], [zero, zero]]
         for k in range(CHUNK // 8):
-            count = llvm.load(pair, _address(count_ref, arith.addi(start, _number(32 * k))), alignment=8)
+            count = llvm.load(pair, pointer(count_ref, arith.addi(start, integer(32 * k))), alignment=8)
             for h in range(2):
                 bits = utils.bitcast(registers[2 * k + h], i32)
-                for j, x in enumerate((arith.shli(bits, _number(16)), arith.andi(bits, _number(-(2**16))))):
-                    number = llvm.extractelement(count, _number(j))
+                for j, x in enumerate((arith.shli(bits, integer(16)), arith.andi(bits, integer(-(2**16))))):
+                    number = llvm.extractelement(count, integer(j))
                     number = number if kind == f32 else arith.sitofp(f32, number)
                     sums[h][j] = llvm.intr_fma(arith.bitcast(f32, x), number, sums[h][j])
-        return _sums_of_rows([arith.addf(*x) for x in sums])
+        return sums_of_rows([arith.addf(*x) for x in sums])
 
     return run
 
@@ -271,10 +273,10 @@ def near_weights(half: int) -> Any:
     def run(_: Any, weight: Any) -> Any:
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         pair, zero = ir.VectorType.get((2,), ir.BF16Type.get()), utils.c(0.0, f32)
-        thread = arith.remui(utils.thread_idx(), _number(128))
-        lane, warp = arith.andi(thread, _number(31)), arith.shrui(thread, _number(5))
-        first_row = arith.addi(arith.shli(warp, _number(4)), arith.shrui(lane, _number(2)))
-        less = arith.subi(first_row, arith.shli(arith.andi(lane, _number(3)), _number(1)))
+        thread = arith.remui(utils.thread_idx(), integer(128))
+        lane, warp = arith.andi(thread, integer(31)), arith.shrui(thread, integer(5))
+        first_row = arith.addi(arith.shli(warp, integer(4)), arith.shrui(lane, integer(2)))
+        less = arith.subi(first_row, arith.shli(arith.andi(lane, integer(3)), integer(1)))
         ahead = llvm.inline_asm(i32, [less], "mov.b32 $0, $1;", "=r,r", has_side_effects=True)
         sums = [[zero, zero], [zero, zero]]
         registers = np.empty(shape[1] // 4, dtype=object)
@@ -284,14 +286,14 @@ def near_weights(half: int) -> Any:
                 for j in range(2):
                     last = 8 * k - HALF * half - 8 * h + j  # key less query
                     if last > -7:
-                        is_seen = arith.cmpi(arith.CmpIPredicate.sge, ahead, _number(last))
+                        is_seen = arith.cmpi(arith.CmpIPredicate.sge, ahead, integer(last))
                         two[j] = arith.select(is_seen, two[j], zero)
                     sums[h][j] = arith.addf(sums[h][j], two[j])
                 ptx = "cvt.rn.bf16x2.f32 $0, $1, $2;"
                 bits = llvm.inline_asm(i32, two[::-1], ptx, "=r,f,f", has_side_effects=False)
                 registers[2 * k + h] = utils.bitcast(bits, pair)
-        picked = _fragment(registers, fragmented_array.WGMMA_LAYOUT, shape)
-        return picked, _sums_of_rows([arith.addf(*x) for x in sums])
+        picked = fragment(registers, fragmented_array.WGMMA_LAYOUT, shape)
+        return picked, sums_of_rows([arith.addf(*x) for x in sums])
 
     return run
 
@@ -309,7 +311,7 @@ def limited(size: int) -> Any:
     def run(_: Any, score: Any, limit: Any) -> Any:
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         nan, least, infinite = (utils.c(x, f32) for x in (float("nan"), -float("inf"), float("inf")))
-        column = arith.shli(arith.andi(utils.thread_idx(), _number(3)), _number(1))
+        column = arith.shli(arith.andi(utils.thread_idx(), integer(3)), integer(1))
         ahead = []
         for x in limit.registers.reshape(-1):
             less = arith.subi(vector.extract(x, [], [0]), column)
@@ -320,9 +322,9 @@ def limited(size: int) -> Any:
                 two = [vector.extract(score.registers.reshape(-1)[2 * k + h], [], [j]) for j in range(2)]
                 for j in range(2):
                     is_finite = arith.cmpf(arith.CmpFPredicate.OLT, math.absf(two[j]), infinite)
-                    is_seen = arith.cmpi(arith.CmpIPredicate.sgt, ahead[h], _number(8 * k + j))
+                    is_seen = arith.cmpi(arith.CmpIPredicate.sgt, ahead[h], integer(8 * k + j))
                     two[j] = arith.select(is_seen, arith.select(is_finite, two[j], nan), least)
                 registers[2 * k + h] = vector.from_elements(ir.VectorType.get((2,), f32), two)
-        return _fragment(registers, fragmented_array.WGMMA_LAYOUT, shape)
+        return fragment(registers, fragmented_array.WGMMA_LAYOUT, shape)
 
     return run
