@@ -101,20 +101,21 @@ def calls(shape: Shape, n_code: int) -> Iterator[Call]:
 
     q, k, v, d_out = (draw(i, 1, length, n_head, width).astype(jnp.bfloat16) for i in range(4))
     book_q, book_k = (draw(i, n_head, n_code, width) for i in (4, 5))
-    codes_q, codes_k = quantize.finite_codes(q, book_q), quantize.finite_codes(k, book_k)
+    codes_q, codes_k = quantize.finite_codes((q, k), (book_q, book_k))
     keys, queries = Keys(codes_k, v, None, None), Queries(None, codes_q, None)
     books = Books.of(book_q, book_k, None, width**-0.5)
     state, form = empty_state(1, (n_head, n_code), (width, width), v.dtype, 0, 0), Form(width**-0.5)
     seen = vq_full.count_keys(keys, books)
     each = sizes.segment_len(length, n_head, 128)
     for kernel in ("codes", "settle"):
-        yield Call(kernel, n_code, quantize.finite_codes, (q, book_q))
+        yield Call(kernel, n_code, quantize.finite_codes, ((q,), (book_q,)))
     for kernel, values in (("sums", v), ("sums_float32", v.astype(jnp.float32))):
         yield Call(kernel, n_code, lambda c, v: vq_sums.segment_sums(c, v, n_code, each), (codes_k, values))
     yield Call("answer", n_code, vq_full.full_attention, (queries, keys, books, seen))
     if n_code > sizes.MAX_CODES:
         return
-    yield Call("every_code", n_code, quantize.finite_codes, (q[:, :BRIEF_LEN], book_q))
+    brief = (q[:, :BRIEF_LEN], k[:, :BRIEF_LEN]), (book_q, book_k)
+    yield Call("every_code", n_code, quantize.finite_codes, brief)
     causal = partial(_causal, form)
     n_padded, chunk = vq_sums.padded_codes(n_code)
     for kernel in ("states", "blocks") if n_padded > chunk else ("causal",):

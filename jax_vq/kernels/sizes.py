@@ -11,6 +11,7 @@ MAX_CODES = 512  # of keys that causal attention is for; of queries too, for its
 MAX_CODES_FLOAT32 = 128
 MIN_VECTORS = 64  # that codes are found of: fewer fill no tile
 N_PROCESSOR = 132  # of an H200
+N_RESIDENT = 2 * N_PROCESSOR  # programs at once that keep a chunk of codes on the chip
 MAX_STATE_BYTES = 2**33
 MAX_TILES = 32  # of vectors that a program finds the codes of, with the codebook read once
 
@@ -95,8 +96,8 @@ def n_tile(length: int, n_row: int, tile: int) -> int:
 
 
 def n_tile_resident(length: int, n_row: int, tile: int) -> int:
-    """Tiles of a program, for two programs on each processor that keep a codebook there."""
-    return -(-length * n_row // (2 * N_PROCESSOR * tile))
+    """Tiles of a program, for programs that all run at once and keep codes on the chip."""
+    return -(-length * n_row // (N_RESIDENT * tile))
 
 
 def n_beside(size: Size, width: int) -> int:

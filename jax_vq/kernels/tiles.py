@@ -55,6 +55,12 @@ def launch(
     return without_64_bits("triton", call)
 
 
+def barrier() -> None:
+    """Have a program's threads wait for one another, and see what they wrote."""
+    if not is_interpreted():
+        plt.debug_barrier()
+
+
 def without_64_bits(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
     """A kernel that is made without 64-bit types; while `what_runs` asks, it says its language's name."""
 

@@ -258,17 +258,20 @@ def _both_ways(
     return merge_attention(*parts)[0].astype(v.dtype)
 
 
-def finite_codes(x: Array, codebook: Array) -> Array:
-    """Nearest codes, int32 `[B, T, H]`; -1 for a vector with NaN or inf."""
-    batch, length, n_head, width = x.shape
-    chunk = chunk_len(x, length, 4 * batch * n_head * (codebook.shape[1] + width))
+def finite_codes(vectors: tuple[Array, ...], codebooks: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Nearest codes of each array, int32 `[B, T, H]`; -1 for a vector with NaN or inf."""
 
-    def step(codes: Array, start: Array | int, size: int) -> Array:
-        part = read_chunk(x, start, size)
-        found = jnp.where(is_finite_row(part), assign(part, codebook), -1)
-        return write_chunk(codes, found, start)
+    def find(x: Array, codebook: Array) -> Array:
+        batch, length, n_head, width = x.shape
+        chunk = chunk_len(x, length, 4 * batch * n_head * (codebook.shape[1] + width))
 
-    return scan_chunks(step, jnp.zeros((batch, length, n_head), jnp.int32), length, chunk)
+        def step(codes: Array, start: Array | int, size: int) -> Array:
+            part = read_chunk(x, start, size)
+            return write_chunk(codes, jnp.where(is_finite_row(part), assign(part, codebook), -1), start)
+
+        return scan_chunks(step, jnp.zeros((batch, length, n_head), jnp.int32), length, chunk)
+
+    return tuple(map(find, vectors, codebooks))
 
 
 def _read(
@@ -295,12 +298,9 @@ def _quantized(
     form: Form, q: Array, k: Array, codebook_q: Array | None, codebook_k: Array
 ) -> tuple[Array | None, Array | None, Array]:
     """q where it stays as it is, else its codes; the codes of k."""
-
-    def codes(x: Array, codebook: Array) -> Array:
-        return run(form.implementation, "finite_codes", finite_codes, x, codebook)
-
-    codes_k = codes(k, codebook_k)
-    return (q, None, codes_k) if codebook_q is None else (None, codes(q, codebook_q), codes_k)
+    pairs = ((k,), (codebook_k,)) if codebook_q is None else ((k, q), (codebook_k, codebook_q))
+    codes_k, *codes_q = run(form.implementation, "finite_codes", finite_codes, *pairs)
+    return (None, codes_q[0], codes_k) if codes_q else (q, None, codes_k)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

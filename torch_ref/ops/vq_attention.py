@@ -238,17 +238,20 @@ def _both_ways(
     return merge_attention(*parts)[0].to(v.dtype)
 
 
-def finite_codes(x: Tensor, codebook: Tensor) -> Tensor:
-    """Nearest codes, int32 `[B, T, H]`; -1 for a vector with NaN or inf."""
-    batch, length, n_head, width = x.shape
-    chunk = chunk_len(x, length, 4 * batch * n_head * (codebook.shape[1] + width))
+def finite_codes(vectors: tuple[Tensor, ...], codebooks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Nearest codes of each array, int32 `[B, T, H]`; -1 for a vector with NaN or inf."""
 
-    def step(codes: Tensor, start: int, size: int) -> Tensor:
-        part = read_chunk(x, start, size)
-        found = torch.where(is_finite_row(part), assign(part, codebook), -1)
-        return write_chunk(codes, found, start)
+    def find(x: Tensor, codebook: Tensor) -> Tensor:
+        batch, length, n_head, width = x.shape
+        chunk = chunk_len(x, length, 4 * batch * n_head * (codebook.shape[1] + width))
 
-    return scan_chunks(step, x.new_zeros((batch, length, n_head), dtype=torch.int32), length, chunk)
+        def step(codes: Tensor, start: int, size: int) -> Tensor:
+            part = read_chunk(x, start, size)
+            return write_chunk(codes, torch.where(is_finite_row(part), assign(part, codebook), -1), start)
+
+        return scan_chunks(step, x.new_zeros((batch, length, n_head), dtype=torch.int32), length, chunk)
+
+    return tuple(map(find, vectors, codebooks))
 
 
 def _read(
@@ -275,8 +278,9 @@ def _quantized(
     q: Tensor, k: Tensor, codebook_q: Tensor | None, codebook_k: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """q where it stays as it is, else its codes; the codes of k."""
-    codes_k = finite_codes(k, codebook_k)
-    return (q, None, codes_k) if codebook_q is None else (None, finite_codes(q, codebook_q), codes_k)
+    pairs = ((k,), (codebook_k,)) if codebook_q is None else ((k, q), (codebook_k, codebook_q))
+    codes_k, *codes_q = finite_codes(*pairs)
+    return (None, codes_q[0], codes_k) if codes_q else (q, None, codes_k)
 
 
 def _causal(form: Form, *arrays: Any) -> tuple[Tensor, Tensor, Coded, Tensor]:
