@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax_vq.kernels import hopper
 from jax_vq.kernels import hopper_pieces as pieces
 from jax_vq.kernels.hopper_pieces import BLOCK, CHUNK, HALF, NOTHING
-from jax_vq.kernels.tiles import BF16, F32
+from jax_vq.kernels.tiles import BF16, F32, by_head
 from jax_vq.kernels.vq_sums import Sums
 
 N_SLOT = 3  # tiles of values in shared memory
@@ -54,7 +54,7 @@ def follow(
 
     batch, length, n_head = query_codes.shape
     width, n_segment = v.shape[3], mode.shape[2]
-    shapes = pieces.result_shapes(query_codes, v)
+    shapes = pieces.result_shapes(query_codes, v)[:2]
     scratch = (
         hopper.swizzled(N_SLOT, BLOCK, width, dtype=BF16),
         hopper.swizzled(CHUNK, BLOCK, dtype=BF16),
@@ -69,8 +69,8 @@ def follow(
     kernel = partial(_kernel, n_query_code=weight.shape[1], segment_len=segment_len)
     run = hopper.launch(kernel, shapes, batch * n_head * n_segment, 3, scratch, by_thread=True)
     codes = pieces.by_head(query_codes, 0), pieces.by_head(key_codes, NOTHING)
-    out, total, largest = run(*codes, v, pieces.in_order_of_threads(weight), top.reshape(-1), *before, mode)
-    return out, pieces.log_sum_exp(total, largest, length)
+    out, lse = run(*codes, v, pieces.in_order_of_threads(weight), top.reshape(-1), *before, mode)
+    return out, by_head(lse)[:, :length]
 
 
 def _kernel(
@@ -83,8 +83,7 @@ def _kernel(
     number_ref: Any,
     mode_ref: Any,
     out_ref: Any,
-    total_ref: Any,
-    largest_ref: Any,
+    lse_ref: Any,
     v: Any,
     hot: Any,
     state: Any,
@@ -206,8 +205,7 @@ def _kernel(
             # While the output is written: under a product, ptxas would have all products wait.
             more_rows = rows_of(more)
             total = pieces.prepare_rows(out.at[half], code, found, total)
-            total_ref[example, head, at_tile(i)] = total
-            largest_ref[example, head, at_tile(i)] = largest
+            lse_ref[example, head, at_tile(i)] = largest + jnp.log(total)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out.at[half], out_ref.at[example, at_tile(i), head])
             return more, *more_rows

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 
 from jax_vq.kernels import hopper, hopper_one_hot
 from jax_vq.kernels.hopper_one_hot import FAR, TILE
-from jax_vq.kernels.tiles import BF16, F32
+from jax_vq.kernels.tiles import BF16, F32, by_head
 
 N_CODE = 64  # of a program, with all columns: whole rows are written
 CHUNK = 256  # codes that bfloat16 tells apart
@@ -88,7 +88,7 @@ def by_chunk(codes: Array, n_code: int) -> Array:
     A code of another chunk is rounded to none of this. So the copy engine brings codes as they are used.
     """
     first = jnp.arange(0, n_code, CHUNK, dtype=codes.dtype)[None, None, :, None]
-    relative = (jnp.swapaxes(codes, 1, 2)[:, :, None] - first).astype(BF16)
+    relative = (by_head(codes)[:, :, None] - first).astype(BF16)
     padding = *((0, 0),) * 3, (0, -codes.shape[1] % TILE)
     return jnp.pad(relative, padding, constant_values=FAR)
 

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 
 from jax_vq.kernels import hopper, hopper_one_hot
 from jax_vq.kernels.hopper_one_hot import FAR, TILE
-from jax_vq.kernels.tiles import BF16, F32
+from jax_vq.kernels.tiles import BF16, F32, by_head
 
 CHUNK = 128  # codes come in whole chunks
 N_SLOT = 6  # tiles in shared memory
@@ -48,7 +48,7 @@ def segment_sums(codes: Array, vectors: Array, n_padded: int, segment_len: int) 
         plgpu.Barrier(num_arrivals=1),
     )
     kernel = partial(_kernel, segment_len=segment_len, n_row=n_row)
-    total, number = hopper.launch(kernel, shapes, n_program, 3, scratch)(codes, vectors)
+    total, number = hopper.launch(kernel, shapes, n_program, 3, scratch)(by_head(codes), vectors)
     return total, number
 
 
@@ -148,11 +148,11 @@ def _kernel(
 
 
 def _read_codes(ref: Any, batch: Any, head: Any, start: Any) -> Array:
-    """`[T]` of `[B, T, K]` from `start` on; at the end of the sequence, of its last whole tile."""
+    """`[T]` of `[B, K, T]` from `start` on; at the end of the sequence, of its last whole tile."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    at = pl.ds(jnp.minimum(start, ref.shape[1] - TILE), TILE)
-    return hopper.load(ref.at[batch, at, head], plgpu.Layout.WGMMA.reduce(1), optimized=False)
+    at = pl.ds(jnp.minimum(start, ref.shape[2] - TILE), TILE)
+    return hopper.load(ref.at[batch, head, at], plgpu.Layout.WGMMA.reduce(1), optimized=False)
 
 
 def _is_inside(behind: Any) -> Array:

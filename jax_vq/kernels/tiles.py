@@ -111,14 +111,19 @@ def write_vectors(ref: Any, batch: Any, rows: Rows, head: Any, cols: Rows, x: Ar
     plt.store(ref.at[batch, rows[0], head, cols[0]], x.astype(ref.dtype), mask=inside(rows, cols))
 
 
+def by_head(x: Array) -> Array:
+    """`[B, T, H]` as kernels have numbers of tokens, `[B, H, T]`: a tile of a head lies together. Or back."""
+    return jnp.swapaxes(x, 1, 2)
+
+
 def read_numbers(ref: Any, batch: Any, rows: Rows, head: Any, other: Any) -> Array:
-    """`ref[batch, rows, head]` of `[B, T, H]`, `other` outside."""
-    return plt.load(ref.at[batch, rows[0], head], mask=rows[1], other=other)
+    """`ref[batch, head, rows]` of `[B, H, T]`, `other` outside."""
+    return plt.load(ref.at[batch, head, rows[0]], mask=rows[1], other=other)
 
 
 def write_numbers(ref: Any, batch: Any, rows: Rows, head: Any, x: Array) -> None:
     """The inverse of `read_numbers`."""
-    plt.store(ref.at[batch, rows[0], head], x, mask=rows[1])
+    plt.store(ref.at[batch, head, rows[0]], x, mask=rows[1])
 
 
 def read_rows(ref: Any, head: Any, codes: Array, first: int, size: int) -> Array:

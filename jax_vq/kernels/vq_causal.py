@@ -26,6 +26,7 @@ from jax_vq.kernels import hopper_causal, hopper_causal_f32, sizes, vq_window
 from jax_vq.kernels.tiles import (
     F32,
     NARROW,
+    by_head,
     columns,
     contained,
     dot,
@@ -165,7 +166,7 @@ def _follow(arrays: Any, size: sizes.Size, chunk: int, each: int, results: Any =
       arrays: of a kernel; the last one, modes, is of its programs, which follow equal numbers of segments.
       each: tokens of a segment; the sums before each one are given.
     """
-    query_codes, _, v = arrays[:3]
+    query_codes, key_codes, v, *others = arrays
     batch, length, n_head = query_codes.shape
     width = v.shape[3]
     n_column = min(power_of_two(width), size.columns)
@@ -179,13 +180,15 @@ def _follow(arrays: Any, size: sizes.Size, chunk: int, each: int, results: Any =
     )
     shapes = (
         jax.ShapeDtypeStruct((batch, length, n_head, width), v.dtype),
-        jax.ShapeDtypeStruct((batch, length, n_head), F32),
+        jax.ShapeDtypeStruct((batch, n_head, length), F32),
     )
     grid = arrays[-1].shape[2], batch * n_head, pl.cdiv(width, n_column)
     aliases = {len(arrays) + i: i for i in range(len(results))}
     n_stage = 1 if results else size.n_stage
-    out, lse = launch(kernel, shapes, grid, size.n_warp, n_stage, aliases)(*arrays, *results)
-    return out, lse
+    run = launch(kernel, shapes, grid, size.n_warp, n_stage, aliases)
+    arrays = by_head(query_codes), by_head(key_codes), v, *others
+    out, lse = run(*arrays, *results[:1], *map(by_head, results[1:]))
+    return out, by_head(lse)
 
 
 def _with_window(

@@ -12,6 +12,7 @@ from jax.experimental.pallas import triton as plt
 from jax_vq.kernels import sizes
 from jax_vq.kernels.tiles import (
     F32,
+    by_head,
     columns,
     launch,
     power_of_two,
@@ -76,7 +77,7 @@ def full_attention(queries: Queries, keys: Keys, books: Books, seen: Seen) -> Ar
         size.n_warp,
         size.n_stage,
     )
-    return run(queries.codes, rows)
+    return run(by_head(queries.codes), rows)
 
 
 def _answer_kernel(code_ref: Any, row_ref: Any, out_ref: Any, *, tile: int, n_column: int) -> None:

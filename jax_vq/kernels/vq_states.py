@@ -20,6 +20,7 @@ from jax_vq.kernels.tiles import (
     NARROW,
     Rows,
     as_columns,
+    by_head,
     columns,
     contained,
     dot,
@@ -108,7 +109,7 @@ def block_states(
         )
         run = launch(kernel, shapes, (n_segment, batch * n_head, n_part), size.n_warp, size.n_stage)
         more = () if weights is None else (weights, numbers)
-        *states, last_sum, last_number = run(codes, v, *more, *before)
+        *states, last_sum, last_number = run(by_head(codes), v, *map(by_head, more), *before)
     if each >= length:
         sums = Sums(last_sum - first.vectors, last_number - first.numbers)
     return States(*states), sums
@@ -224,18 +225,20 @@ def block_attention(
     )
     shapes = (
         jax.ShapeDtypeStruct((batch, length, n_head, width), v.dtype),
-        jax.ShapeDtypeStruct((batch, length, n_head), F32),
+        jax.ShapeDtypeStruct((batch, n_head, length), F32),
     )
     grid = pl.cdiv(length, size.tile), batch * n_head, pl.cdiv(width, n_column)
-    arrays = query_codes, key_codes, v, weight, top, *states, mode
+    codes = query_codes, key_codes
+    arrays = *map(by_head, codes), v, weight, top, *states, mode
     if hopper_blocks.is_usable(query_codes, v, weight, block):
-        found = hopper_blocks.block_attention(*arrays[:5], states, mode)
+        out, lse = hopper_blocks.block_attention(*codes, v, weight, top, states, mode)
+        found = out, by_head(lse)
     else:
         found = launch(kernel, shapes, grid, size.n_warp, size.n_stage)(*arrays)
     aliases = {len(arrays): 0, len(arrays) + 1: 1}
     careful = launch(partial(kernel, contains=True), shapes, grid, size.n_warp, size.n_stage, aliases)
     out, lse = careful(*arrays, *found)
-    return out, lse
+    return out, by_head(lse)
 
 
 def _block_kernel(

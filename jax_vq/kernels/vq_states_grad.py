@@ -23,6 +23,7 @@ from jax.experimental.pallas import triton as plt
 from jax_vq.kernels import sizes
 from jax_vq.kernels.tiles import (
     F32,
+    by_head,
     columns,
     dot,
     dot_t,
@@ -111,7 +112,8 @@ def _part_gradients(
         size.n_warp,
         size.n_stage,
     )
-    d_q, d_k, d_v = run(*tokenwise, *books, *earlier, *later)
+    of_queries = by_head(query_codes), d_out, by_head(share), by_head(delta)
+    d_q, d_k, d_v = run(*of_queries, by_head(key_codes), v, *books, *earlier, *later)
     return d_q, d_k, d_v
 
 

@@ -16,6 +16,7 @@ from jax_vq.kernels.tiles import (
     NARROW,
     Rows,
     as_columns,
+    by_head,
     columns,
     dot,
     dot_parts,
@@ -85,7 +86,8 @@ def segment_sums(
         size.n_warp,
         size.n_stage,
     )
-    return run(codes, vectors, *(() if weights is None else (weights, numbers)))
+    more = () if weights is None else (weights, numbers)
+    return run(by_head(codes), vectors, *map(by_head, more))
 
 
 def read_sums(

@@ -19,6 +19,7 @@ from jax_vq.kernels.tiles import (
     F32,
     NARROW,
     Rows,
+    by_head,
     columns,
     dot,
     dot_t,
@@ -101,13 +102,13 @@ def window_attention(
     )
     shapes = (
         jax.ShapeDtypeStruct((batch, length, n_head, width), keys.v.dtype),
-        jax.ShapeDtypeStruct((batch, length, n_head), F32),
+        jax.ShapeDtypeStruct((batch, n_head, length), F32),
     )
     grid = pl.cdiv(length, tile), batch * n_head, pl.cdiv(width, n_column)
     run = launch(kernel, shapes, grid, size.n_warp, size.n_stage)
-    arrays = queries.codes, queries.q_local, keys.k_local, keys.v, weight, top
+    arrays = by_head(queries.codes), queries.q_local, keys.k_local, keys.v, weight, top
     out, lse = run(*arrays, *states)
-    return out, lse
+    return out, by_head(lse)
 
 
 def _window_kernel(
