@@ -45,9 +45,10 @@ from jax_vq.kernels.tiles import (
     tokens,
     write_attention,
 )
+from jax_vq.kernels.vq_before import before_segments, modes
 from jax_vq.kernels.vq_causal_f32 import causal_kernel as float32_kernel
 from jax_vq.kernels.vq_states import block_attention, block_states
-from jax_vq.kernels.vq_sums import Sums, before_segments, padded_codes, read_sums, segment_sums
+from jax_vq.kernels.vq_sums import Sums, padded_codes, read_sums, segment_sums
 from jax_vq.kernels.vq_tables import Tables
 from jax_vq.kernels.vq_wide import wide_weights
 from jax_vq.ops.implementations import Kernel
@@ -115,15 +116,15 @@ def causal_attention(
 
 def _by_segments(query_codes: Array, keys: Keys, tables: Tables, first: Sums) -> tuple[Array, Array, Sums]:
     """Programs that follow a segment each, with the sums by code in registers."""
-    batch, length, n_key_head, width = keys.v.shape
+    batch, length, _, width = keys.v.shape
     n_head, n_code = tables.top.shape[0], first.numbers.shape[3]
     size = sizes.size_of(sizes.of_values("causal", keys.v.dtype), n_code)
     tile = sizes.size_of(sizes.of_values("sums", keys.v.dtype), n_code).tile
     n_row = batch * n_head * sizes.n_beside(size, width)
     each = sizes.segment_len(length, n_row, max(size.tile, tile))
     sums = segment_sums(keys.codes, keys.v, n_code, each)
-    mode = _modes(tables, sums, n_key_head)
-    before, coded = before_segments(sums, first), (query_codes, keys.codes, keys.v)
+    before, is_bad = before_segments(sums, first)
+    coded, mode = (query_codes, keys.codes, keys.v), modes(tables, is_bad)
     arrays = *coded, *tables[:3], *before, mode
     by_mosaic = hopper_causal_f32 if keys.v.dtype == F32 else hopper_causal
     if by_mosaic.is_usable(query_codes, keys.v, tables.weight, each):
@@ -140,7 +141,7 @@ def _by_blocks(query_codes: Array, keys: Keys, tables: Tables, first: Sums) -> t
     n_code = first.numbers.shape[3]
     block = sizes.block_len(n_code, batch * length * n_key_head, width * keys.v.dtype.itemsize)
     states, sums = block_states(keys.codes, keys.v, first, block)
-    mode = _modes(tables, sums, n_key_head)
+    mode = modes(tables, jnp.any(~jnp.isfinite(sums.vectors), axis=-1).astype(jnp.int32))
     coded = query_codes, keys.codes, keys.v
     results = block_attention(*coded, tables.weight, tables.top, states, mode, block)
     # Heads with wide scores are left: most often there are none, so that a program goes for several blocks.
@@ -150,13 +151,6 @@ def _by_blocks(query_codes: Array, keys: Keys, tables: Tables, first: Sums) -> t
     arrays, size = (*coded, *tables[:3], *states, mode), sizes.size_of("causal", n_code)
     out, lse = _follow(arrays, size, padded_codes(n_code)[1], block, results)
     return out, lse, sums
-
-
-def _modes(tables: Tables, sums: Sums, n_key_head: int) -> Array:
-    """How `[B, H, S]` segments are worked on: 0; 1 with a NaN or inf; 2 in heads with wide scores."""
-    is_bad = jnp.any(~jnp.isfinite(sums.vectors), axis=(-2, -1))  # [B, K, S]
-    is_bad = jnp.repeat(is_bad, tables.top.shape[0] // n_key_head, axis=1).astype(jnp.int32)
-    return jnp.where(tables.is_wide[None, :, None], 2, is_bad)
 
 
 def _follow(arrays: Any, size: sizes.Size, chunk: int, each: int, results: Any = ()) -> tuple[Array, Array]:

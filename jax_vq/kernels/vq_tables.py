@@ -37,7 +37,12 @@ class Tables(NamedTuple):
     score: Array  # [H, Cq, C] float32
     weight: Array  # [H, Cq, C] `E`, 0 for padding; [3 * H, Cq, C], parts of it, where v is float32
     top: Array  # [H, Cq] float32
-    is_wide: Array  # [H] whether scores of one code differ too much for `E`
+    spread: Array  # [H, Cq] float32: how far the least score is from the largest
+
+    @property
+    def is_wide(self) -> Array:
+        """`[H]` whether scores of one code differ too much for `E`."""
+        return ~jnp.all(self.spread <= MAX_RANGE, axis=-1)
 
     @classmethod
     def of(cls, books: Books, n_padded: int, dtype: Any) -> "Tables":
@@ -56,23 +61,18 @@ class Tables(NamedTuple):
         kernel = partial(_table_kernel, scale=books.scale)
         grid = pl.cdiv(n_query_code, N_ROW), n_head
         biases = () if books.bias is None else (books.bias,)
-        score, weight, top, spread = launch(kernel, shapes, grid, 8, 1)(books.q, books.k, *biases)
-        return cls(score, weight, top, _is_wide(spread))
-
-
-def _is_wide(spread: Array) -> Array:
-    return ~jnp.all(spread <= MAX_RANGE, axis=-1)
+        return cls(*launch(kernel, shapes, grid, 8, 1)(books.q, books.k, *biases))
 
 
 def _by_xla(books: Books, n_padded: int, dtype: Any) -> Tables:
     table = books.table if books.bias is None else books.table + books.bias[:, None, None]
     top = jnp.max(table, axis=-1)
-    is_wide = _is_wide(top - jnp.min(table, axis=-1))
+    spread = top - jnp.min(table, axis=-1)
     padding = (0, 0), (0, 0), (0, n_padded - table.shape[2])
     table = jnp.pad(table, padding, constant_values=-jnp.inf)
     weight = jnp.exp(table - top[..., None])
     weight = jnp.concatenate(split(weight, N_PART)) if dtype == F32 else weight.astype(dtype)
-    return Tables(table, weight, top, is_wide)
+    return Tables(table, weight, top, spread)
 
 
 def _table_kernel(q_ref: Any, k_ref: Any, *refs: Any, scale: float) -> None:
@@ -89,19 +89,16 @@ def _table_kernel(q_ref: Any, k_ref: Any, *refs: Any, scale: float) -> None:
 
     query = parts_of(read(q_ref, head, rows) * scale, F32)
     key = parts_of(read(k_ref, head // (n_head // n_key_head), codes), F32)
-    score = dot_parts(query, key, dot_t)
+    score = dot_parts(key, query, dot_t)  # [C, Cq]: so many key codes are the first factor of a product
     if bias_refs:
         score += plt.load(bias_refs[0].at[head])
-    is_code = jnp.broadcast_to(codes[1][None, :], score.shape)
+    is_code = jnp.broadcast_to(codes[1][:, None], score.shape)
     score = jnp.where(is_code, score, -jnp.inf)
-    top = jnp.max(score, axis=1)
-    least = jnp.min(jnp.where(is_code, score, jnp.inf), axis=1)
-    there = jnp.broadcast_to(rows[1][:, None], score.shape)
-    plt.store(score_ref.at[head, rows[0], codes[0]], score, mask=there)
-    plt.store(
-        weight_ref.at[head, rows[0], codes[0]],
-        jnp.exp(score - top[:, None]).astype(weight_ref.dtype),
-        mask=there,
-    )
+    top = jnp.max(score, axis=0)
+    least = jnp.min(jnp.where(is_code, score, jnp.inf), axis=0)
+    there = jnp.broadcast_to(rows[1][:, None], score.shape[::-1])
+    weight = jnp.exp(score - top[None, :]).astype(weight_ref.dtype)
+    plt.store(score_ref.at[head, rows[0], codes[0]], score.T, mask=there)
+    plt.store(weight_ref.at[head, rows[0], codes[0]], weight.T, mask=there)
     plt.store(top_ref.at[head, rows[0]], top, mask=rows[1])
     plt.store(spread_ref.at[head, rows[0]], top - least, mask=rows[1])
