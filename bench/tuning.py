@@ -111,35 +111,47 @@ def calls(shape: Shape, n_code: int) -> Iterator[Call]:
         yield Call(kernel, n_code, quantize.finite_codes, ((q,), (book_q,)))
     for kernel, values in (("sums", v), ("sums_float32", v.astype(jnp.float32))):
         yield Call(kernel, n_code, lambda c, v: vq_sums.segment_sums(c, v, n_code, each), (codes_k, values))
-    yield Call("answer", n_code, vq_full.full_attention, (queries, keys, books, seen))
+    scaled = partial(_scaled, books.scale)
+    books = books._replace(scale=None)
+    yield Call("answer", n_code, scaled(vq_full.full_attention), (queries, keys, books, seen))
     if n_code > sizes.MAX_CODES:
         return
     brief = (q[:, :BRIEF_LEN], k[:, :BRIEF_LEN]), (book_q, book_k)
     yield Call("every_code", n_code, quantize.finite_codes, brief)
-    causal = partial(_causal, form)
+    causal = scaled(partial(_causal, form))
     n_padded, chunk = vq_sums.padded_codes(n_code)
     for kernel in ("states", "blocks") if n_padded > chunk else ("causal",):
         yield Call(kernel, n_code, causal, (queries, keys, books, state))
     if n_code <= sizes.MAX_CODES_FLOAT32:
         wide = keys._replace(v=v.astype(jnp.float32))
         yield Call("causal_float32", n_code, causal, (queries, wide, books, state))
-    yield _windowed(q, k, v, codes_q, codes_k, books)
+    yield _windowed(q, k, v, codes_q, codes_k, books, scaled)
     out, lse = causal(queries, keys, books, state)
     arrays = queries, keys, books, state, out, lse, d_out
     for kernel in ("grad_states", "grad_blocks"):
-        yield Call(kernel, n_code, _gradients, arrays)
+        yield Call(kernel, n_code, scaled(_gradients), arrays)
 
 
-def _windowed(q: jax.Array, k: jax.Array, v: jax.Array, codes_q: Any, codes_k: Any, books: Books) -> Call:
+def _scaled(scale: float, run: Callable[..., Any]) -> Callable[..., Any]:
+    """A step of (queries, keys, books, ...) with a scale in place of that of the books.
+
+    It is a number that programs are made for, and would be an array among the arguments of a call.
+    """
+    return lambda queries, keys, books, *rest: run(queries, keys, books._replace(scale=scale), *rest)
+
+
+def _windowed(
+    q: jax.Array, k: jax.Array, v: jax.Array, codes_q: Any, codes_k: Any, books: Books, scaled: Any
+) -> Call:
     """Attention with an exact window of four tiles, or of one block in a short sequence."""
     window = min(WINDOW, power_of_two(q.shape[1]) // 2)
     lengths = {"block_len": window, "mem_len": window, "part_len": window, "overhang": window}
-    form = Form(books.scale, n_sink=WINDOW_SINKS, is_whole=True, **lengths)
+    form = Form(k.shape[3] ** -0.5, n_sink=WINDOW_SINKS, is_whole=True, **lengths)
     widths = k.shape[3], v.shape[3]
     state = empty_state(1, books.k.shape[:2], widths, v.dtype, window, WINDOW_SINKS)
     keys = Keys(codes_k, v, k, find_documents(q, None, None, None))
     arrays = Queries(None, codes_q, q), keys, books, state
-    return Call("window", books.k.shape[1], partial(_causal, form), arrays)
+    return Call("window", books.k.shape[1], scaled(partial(_causal, form)), arrays)
 
 
 def _causal(form: Form, queries: Queries, keys: Keys, books: Books, state: Any) -> Any:

@@ -9,7 +9,7 @@ import pytest
 
 from bench import tuning
 from bench.__main__ import main
-from jax_vq.kernels import sizes, vq_full
+from jax_vq.kernels import sizes, tiles, vq_full
 from jax_vq.kernels.sizes import Size
 from jax_vq.ops import implementations
 
@@ -86,3 +86,18 @@ def test_sizes_are_tried_with_triton_alone() -> None:
 
     tuning._lowered(tuning.Call("codes", 128, step, (jnp.ones(1),)), Size(64, 128, 128, 4, 1))
     assert seen == [True]
+
+
+@pytest.mark.parametrize("n_code", [16, 200])
+def test_every_call_lowers_for_a_gpu(n_code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted, a kernel may read what is no argument of it."""
+    if jax.__version_info__ >= (0, 11) and jax.default_backend() != "gpu":
+        pytest.skip("this jax lowers for a GPU that is there, or named")
+    calls = list(tuning.calls(tuning.Shape(150, 1, 16), n_code))
+    assert len({call.kernel for call in calls}) == len(calls)
+    monkeypatch.setattr(tiles, "is_interpreted", lambda: False)
+    for call in calls:
+        with implementations.asking("triton"):
+            traced = jax.jit(lambda *arrays, run=call.run: run(*arrays)).trace(*call.arrays)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert "triton" in text, call.kernel

@@ -49,10 +49,14 @@ def launch(
     from jax.experimental.mosaic import gpu as mgpu
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    def run(*refs: Any) -> None:
+        with jax.enable_x64(False):  # `jax.vmap` traces it anew, after the call
+            body(*refs)
+
     lane = mgpu.LoweringSemantics.Lane
     params = plgpu.CompilerParams(lowering_semantics=lane, approx_math=True, reduction_scratch_bytes=0)
     call = plgpu.kernel(
-        body,
+        run,
         out_type=out_shapes,
         grid=(n_program,),
         grid_names=("program",),
