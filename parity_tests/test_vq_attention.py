@@ -1,5 +1,8 @@
 """Attention over codes: oracle, twin, gradients, and what must hold whatever the values."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -147,6 +150,24 @@ def test_nonfinite_inputs_reach_the_rows_that_attend_to_them(backend: str, is_ca
         rows[1, attending, head, 2 if name == "v" else slice(None)] = True
         assert np.isnan(out[rows]).all()
         np.testing.assert_array_equal(out[~rows], clean[~rows])
+
+
+def test_a_query_that_is_not_finite_has_no_output_in_optimized_code() -> None:
+    """Compiled with the flags that users have: XLA's exponential for a CPU need not keep a constant NaN."""
+    program = """
+import jax.numpy as jnp, numpy as np
+from jax_vq import vq_attention
+x = np.random.default_rng(0).normal(size=(1, 37, 2, 16)).astype("float32")
+q, book = x.copy(), jnp.asarray(x[0, :19].swapaxes(0, 1))
+q[0, 13, 1, 2] = np.nan
+for name, arrays in {"codes": (q, x, x, book, book), "local": (x, x, x, book, book)}.items():
+    options = {} if name == "codes" else {"q_local": q, "k_local": x, "mem_len": 8}
+    out = vq_attention(*map(jnp.asarray, arrays), is_causal=True, **options)
+    print(name, np.argwhere(np.isnan(out).any(-1)).tolist(), np.isnan(out).sum())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert run.stdout.splitlines() == ["codes [[0, 13, 1]] 16", "local [[0, 13, 1]] 16"], run.stderr
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -70,7 +70,7 @@ class Books(NamedTuple):
     def score(self, q: Any, codes: Any) -> Array:
         """Coded scores `[B, N, H, C]` of queries `[B, N, H, D]` or of their codes `[B, N, H]`."""
         if self.table is not None:
-            score = jnp.where((codes < 0)[..., None], jnp.nan, lookup(self.table, codes))
+            score = lookup(self.table, codes)
         else:
             batch, length, n_head, width = q.shape
             grouped = q.reshape(batch, length, self.k.shape[0], -1, width).astype(self.k.dtype)
@@ -104,8 +104,10 @@ def causal_attention(
         past = add_up(coded, far, form)
         score, q_local = query_rows(queries, books, form, start, size)
         weights = softmax_weights(score, exact_scores(q_local, near, form), past, near)
+        sound = finite_queries(queries, form, start, size)
         answer = from_rows(attend(weights, past, near, form), form.part_len)[:, :size]
-        row_lse = from_rows(weights.lse, form.part_len)[:, :size]
+        answer = jnp.where(sound[..., None], answer, jnp.nan)
+        row_lse = jnp.where(sound, from_rows(weights.lse, form.part_len)[:, :size], jnp.nan)
         out, lse = write_chunk(out, answer, start), write_chunk(lse, row_lse, start)
         return after(past, far, coded, start), out, lse
 
@@ -150,12 +152,22 @@ def query_rows(
     return to_rows(score, form.part_len, n_key_head), rows
 
 
+def finite_queries(queries: Queries, form: Form, start: Array | int, size: int) -> Array:
+    """`[B, N, H]`, which queries of a super-block are finite; the scores of others have no meaning."""
+    if queries.codes is not None:
+        sound = read_chunk(queries.codes, start, size) >= 0
+    else:
+        sound = is_finite_row(read_chunk(queries.q, start, size))
+    if form.has_exact:
+        sound = sound & is_finite_row(read_chunk(queries.q_local, start, size))
+    return sound
+
+
 def exact_scores(q_local: Array | None, near: Near, form: Form) -> Array | None:
     """Scores of near keys `[B, K, G, R * L, W]`, -inf where a key is not seen exactly."""
     if near.k_local is None:
         return None
     score = einsum("bkgld,bkgmd->bkglm", q_local, near.k_local)
-    score = jnp.where(is_finite_row(q_local)[..., None], score, jnp.nan)
     return jnp.where(near.exact, score * jnp.asarray(form.scale, score.dtype), -jnp.inf)
 
 

@@ -70,7 +70,7 @@ class Books(NamedTuple):
     def score(self, q: Any, codes: Any) -> Tensor:
         """Coded scores `[B, N, H, C]` of queries `[B, N, H, D]` or of their codes `[B, N, H]`."""
         if self.table is not None:
-            score = torch.where((codes < 0)[..., None], torch.nan, lookup(self.table, codes))
+            score = lookup(self.table, codes)
         else:
             batch, length, n_head, width = q.shape
             grouped = q.reshape(batch, length, self.k.shape[0], -1, width).to(self.k.dtype)
@@ -104,8 +104,10 @@ def causal_attention(
         past = add_up(coded, far, form)
         score, q_local = query_rows(queries, books, form, start, size)
         weights = softmax_weights(score, exact_scores(q_local, near, form), past, near)
+        sound = finite_queries(queries, form, start, size)
         answer = from_rows(attend(weights, past, near, form), form.part_len)[:, :size]
-        row_lse = from_rows(weights.lse, form.part_len)[:, :size]
+        answer = torch.where(sound[..., None], answer, torch.nan)
+        row_lse = torch.where(sound, from_rows(weights.lse, form.part_len)[:, :size], torch.nan)
         out, lse = write_chunk(out, answer, start), write_chunk(lse, row_lse, start)
         return after(past, far, coded, start), out, lse
 
@@ -150,12 +152,22 @@ def query_rows(
     return to_rows(score, form.part_len, n_key_head), rows
 
 
+def finite_queries(queries: Queries, form: Form, start: int, size: int) -> Tensor:
+    """`[B, N, H]`, which queries of a super-block are finite; the scores of others have no meaning."""
+    if queries.codes is not None:
+        sound = read_chunk(queries.codes, start, size) >= 0
+    else:
+        sound = is_finite_row(read_chunk(queries.q, start, size))
+    if form.has_exact:
+        sound = sound & is_finite_row(read_chunk(queries.q_local, start, size))
+    return sound
+
+
 def exact_scores(q_local: Tensor | None, near: Near, form: Form) -> Tensor | None:
     """Scores of near keys `[B, K, G, R * L, W]`, -inf where a key is not seen exactly."""
     if near.k_local is None:
         return None
     score = einsum("bkgld,bkgmd->bkglm", q_local, near.k_local)
-    score = torch.where(is_finite_row(q_local)[..., None], score, torch.nan)
     return torch.where(near.exact, score * form.scale, -torch.inf)
 
 
