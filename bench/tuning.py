@@ -68,7 +68,7 @@ def candidates(kernel: str, n_code: int, width: int) -> list[Size]:
     half = max(wide // 2, 16)
     choices = {
         "codes": ((64, 128, 256), (wide,), (4, 8), (2, 3, 4)),
-        "settle": ((32, 64, 128), (wide,), (4, 8), (1, 2)),
+        "settle": ((32, 64, 128), (wide,), (4, 8), (1, 2, 3)),
         "every_code": ((32, 64, 128), (wide,), (4, 8), (1, 2)),
         "sums": ((64, 128), tuple({half, wide}), (4, 8), (2, 3, 4)),
         "sums_float32": ((64, 128), tuple({half, wide}), (4, 8), (1, 2, 3)),
