@@ -26,6 +26,7 @@ from jax_vq.kernels.vq_states_grad import RowData
 from jax_vq.kernels.vq_sums import Sums, before_segments
 from jax_vq.ops.implementations import Kernel
 from jax_vq.ops.vq_blocks import Keys
+from jax_vq.ops.vq_causal import Books
 from parity_tests.support import assert_close, assert_gradient_close, to_jax, to_numpy
 from parity_tests.vq_calls import attend, differentiable, optional
 from vq_common import oracle, vq_oracle
@@ -119,6 +120,17 @@ def test_sums_before_segments_and_modes(n_segment: int, n_code: int, width: int)
     expected[1, :2, n_segment // 2] = 1
     expected[:, 1:3] = 2
     np.testing.assert_array_equal(vq_before.modes(tables, is_bad), expected)
+
+
+@pytest.mark.parametrize("n_code, n_padded", [(13, 16), (100, 128), (300, 384)])
+def test_padded_codes_make_no_scores_wide(n_code: int, n_padded: int) -> None:
+    """Or every call would take the way of wide scores, for the same output."""
+    rng = np.random.default_rng(0)
+    books = [to_jax(rng.normal(size=(2, n_code, 16)), "float32") for _ in range(2)]
+    tables = vq_tables.Tables.of(Books.of(*books, None, 0.25), n_padded, jnp.bfloat16)
+    table = np.einsum("hqd,hkd->hqk", *(np.asarray(book, np.float64) for book in books)) / 4
+    np.testing.assert_allclose(tables.spread, np.ptp(table, axis=-1), rtol=1e-5)
+    assert not tables.is_wide.any()
 
 
 @pytest.mark.usefixtures("n_tile")

@@ -152,20 +152,42 @@ def test_nonfinite_inputs_reach_the_rows_that_attend_to_them(backend: str, is_ca
         np.testing.assert_array_equal(out[~rows], clean[~rows])
 
 
+@pytest.mark.parametrize("name", ["q", "q_local"])
+def test_a_query_that_is_not_finite_has_no_gradient(name: str) -> None:
+    """Nor have what it sees: NaN in the same places in both backends."""
+    inputs = case_inputs(Case(name="nonfinite", q_len=37, batch=2, has_local=True), "float32")
+    x = getattr(inputs, name).copy()
+    x[1, 13, 1, 2] = np.inf
+    options = {"is_causal": True, "block_len": 8, "mem_len": 8}
+    both = [
+        differentiable(backend, inputs._replace(**{name: x}), "float32", **options)(inputs.d_out)
+        for backend in BACKENDS
+    ]
+    for out, gradients in both:
+        assert np.isnan(out[1, 13, 1]).all()
+        assert np.isnan(gradients.v[1, 8:14, 1 // (inputs.q.shape[2] // inputs.v.shape[2])]).all()
+        assert np.isfinite(gradients.v[0]).all()
+    (_, found), (_, expected) = both
+    for one, other in zip(found, expected, strict=True):
+        if other is not None:
+            np.testing.assert_array_equal(np.isnan(one), np.isnan(other))
+
+
 def test_a_query_that_is_not_finite_has_no_output_in_optimized_code() -> None:
     """Compiled with the flags that users have: XLA's exponential for a CPU need not keep a constant NaN."""
     program = """
 import jax.numpy as jnp, numpy as np
 from jax_vq import vq_attention
 x = np.random.default_rng(0).normal(size=(1, 37, 2, 16)).astype("float32")
-q, book = x.copy(), jnp.asarray(x[0, :19].swapaxes(0, 1))
-q[0, 13, 1, 2] = np.nan
+q, q_local, book = x.copy(), abs(x), jnp.asarray(x[0, :19].swapaxes(0, 1))
+q[0, 13, 1, 2], q_local[0, 13, 1, 2] = np.nan, np.inf  # which every key of -1 scores with -inf
 for name, arrays in {"codes": (q, x, x, book, book), "local": (x, x, x, book, book)}.items():
-    options = {} if name == "codes" else {"q_local": q, "k_local": x, "mem_len": 8}
+    options = {} if name == "codes" else {"q_local": q_local, "k_local": -abs(x), "mem_len": 8}
     out = vq_attention(*map(jnp.asarray, arrays), is_causal=True, **options)
     print(name, np.argwhere(np.isnan(out).any(-1)).tolist(), np.isnan(out).sum())
 """
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["JAX_PLATFORMS"] = "cpu"
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert run.stdout.splitlines() == ["codes [[0, 13, 1]] 16", "local [[0, 13, 1]] 16"], run.stderr
 
