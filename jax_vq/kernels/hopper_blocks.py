@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from jax_vq.kernels import hopper, sizes
+from jax_vq.kernels import hopper
 from jax_vq.kernels import hopper_pieces as pieces
 from jax_vq.kernels.hopper_pieces import BLOCK, CHUNK, HALF, NOTHING
 from jax_vq.kernels.tiles import BF16, F32
@@ -44,8 +44,8 @@ def block_attention(
     n_block = -(-length // BLOCK)
     shapes = pieces.result_shapes(query_codes, v)
     arrays = (
-        pieces.by_head(query_codes, 0),
-        pieces.by_head(key_codes, NOTHING),
+        pieces.whole_blocks(query_codes, 0),
+        pieces.whole_blocks(key_codes, NOTHING),
         v,
         pieces.in_order_of_threads(weight),
         top.reshape(-1),
@@ -55,7 +55,7 @@ def block_attention(
     )
     n_each = states.numbers.shape[2] // mode.shape[2]
     kernel = partial(_kernel, n_query_code=weight.shape[1], n_state=states.numbers.shape[2], n_each=n_each)
-    n_program = min(batch * n_head * n_block, sizes.N_PROCESSOR)
+    n_program = pieces.n_program(batch * n_head * n_block)
     scratch = (
         hopper.swizzled(N_STATE, CHUNK, width, dtype=BF16),
         hopper.swizzled(N_HOT, CHUNK, BLOCK, dtype=BF16),
@@ -99,23 +99,15 @@ def _kernel(
     n_state: int,
     n_each: int,
 ) -> None:
-    """Every so many-th block of a head. Heads run fastest: programs at work read what lies together."""
+    """Every so many-th block of a head, by `pieces.items_of`."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     wide, row = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
     single = plgpu.Layout.WG_STRIDED((BLOCK,), vec_size=1)
     n_head, n_key_head, n_code = query_ref.shape[1], key_ref.shape[1], 2 * weight_ref.shape[1]
     n_block, width = query_ref.shape[2] // BLOCK, out_ref.shape[3]
-    n_chunk, n_item = n_code // CHUNK, query_ref.shape[0] * n_head * n_block
-    n_program = min(n_item, sizes.N_PROCESSOR)
-    program, group = lax.axis_index("program"), lax.axis_index("group")
-    n_own = lax.div(n_item - program + n_program - 1, n_program)
-
-    def place_of(i: Any) -> tuple[Any, Any, Any]:
-        """Example, head and block of the program's i-th item; the last one again after it."""
-        item = program + jnp.minimum(i, n_own - 1) * n_program
-        rest = lax.div(item, n_head)
-        return lax.div(rest, n_block), lax.rem(item, n_head), lax.rem(rest, n_block)
+    n_chunk, group = n_code // CHUNK, lax.axis_index("group")
+    n_own, place_of = pieces.items_of(query_ref.shape[0], n_head, n_block)
 
     def key_head_of(head: Any) -> Any:
         return lax.div(head, n_head // n_key_head)

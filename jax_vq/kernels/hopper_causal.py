@@ -68,7 +68,7 @@ def follow(
     )
     kernel = partial(_kernel, n_query_code=weight.shape[1], segment_len=segment_len)
     run = hopper.launch(kernel, shapes, batch * n_head * n_segment, 3, scratch, by_thread=True)
-    codes = pieces.by_head(query_codes, 0), pieces.by_head(key_codes, NOTHING)
+    codes = pieces.whole_blocks(query_codes, 0), pieces.whole_blocks(key_codes, NOTHING)
     out, lse = run(*codes, v, pieces.in_order_of_threads(weight), top.reshape(-1), *before, mode)
     return out, by_head(lse)[:, :length]
 

@@ -47,14 +47,7 @@ def follow(
     mode: Array,
     segment_len: int,
 ) -> tuple[Array, Array]:
-    """Output and log-sum-exp of segments of mode 0; those of the others are left as they are.
-
-    Args:
-      query_codes: int32 `[B, T, H]`; key_codes: `[B, T, K]`; v: float32 `[B, T, K, V]`.
-      weight: `[3 * H, Cq, 128]`, top: `[H, Cq]`, of `vq_tables.Tables`.
-      before: of every segment of `segment_len` tokens.
-      mode: int32 `[B, H, S]`.
-    """
+    """`hopper_causal.follow` of float32 values; `weight` is `[3 * H, Cq, 128]`."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     batch, length, n_head = query_codes.shape
@@ -79,8 +72,10 @@ def follow(
         partial(_kernel, segment_len=segment_len), shapes, n_program, 3, scratch, by_thread=True
     )
     parts = jnp.swapaxes(weight.reshape(N_PART, n_head, n_query_code, CHUNK), 0, 1)
-    keys = jnp.pad(pieces.by_head(key_codes, NOTHING), ((0, 0), (0, 0), (0, BLOCK)), constant_values=NOTHING)
-    codes = pieces.by_head(query_codes, 0), keys
+    keys = jnp.pad(
+        pieces.whole_blocks(key_codes, NOTHING), ((0, 0), (0, 0), (0, BLOCK)), constant_values=NOTHING
+    )
+    codes = pieces.whole_blocks(query_codes, 0), keys
     sums = jnp.swapaxes(before.vectors, 3, 4)
     out, total, largest = run(*codes, v, parts, top.reshape(-1), sums, before.numbers, mode)
     return out, pieces.log_sum_exp(total, largest, length)

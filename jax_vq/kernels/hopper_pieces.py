@@ -4,6 +4,7 @@ A group of four warps holds `[64, N]` for a product so that a thread has two row
 columns; four threads have a row. Kernels with such pieces are launched `by_thread`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jax_vq.kernels import hopper
-from jax_vq.kernels.tiles import BF16, F32
+from jax_vq.kernels import hopper, sizes
+from jax_vq.kernels.tiles import BF16, F32, by_head
 
 HALF = 64  # rows of a product
 CHUNK = 128  # codes at once
@@ -20,10 +21,10 @@ BLOCK = 128  # tokens at once
 NOTHING = -2  # the code of a key outside
 
 
-def by_head(codes: Array, outside: int) -> Array:
-    """`[B, T, H]` to `[B, H, T]`, with whole blocks."""
+def whole_blocks(codes: Array, outside: int) -> Array:
+    """Codes `[B, T, H]` `by_head`, with whole blocks."""
     padding = (0, 0), (0, 0), (0, -codes.shape[1] % BLOCK)
-    return jnp.pad(jnp.swapaxes(codes, 1, 2), padding, constant_values=outside)
+    return jnp.pad(by_head(codes), padding, constant_values=outside)
 
 
 def result_shapes(query_codes: Array, v: Array) -> tuple[Any, ...]:
@@ -35,7 +36,30 @@ def result_shapes(query_codes: Array, v: Array) -> tuple[Any, ...]:
 
 def log_sum_exp(total: Array, largest: Array, length: int) -> Array:
     """`[B, T, H]`, of `[B, H, T]` sums of weights relative to the largest score of a query code."""
-    return jnp.swapaxes(largest + jnp.log(total), 1, 2)[:, :length]
+    return by_head(largest + jnp.log(total))[:, :length]
+
+
+def items_of(n_example: int, n_head: int, n_block: int) -> tuple[Any, Callable[[Any], tuple[Any, Any, Any]]]:
+    """How many blocks of a head are a program's, of `n_program`, and where its i-th one is.
+
+    That is example, head and block, of the last one again after it. Heads run fastest: programs at work read
+    what lies together.
+    """
+    n_item = n_example * n_head * n_block
+    n, program = n_program(n_item), lax.axis_index("program")
+    n_own = lax.div(n_item - program + n - 1, n)
+
+    def place_of(i: Any) -> tuple[Any, Any, Any]:
+        item = program + jnp.minimum(i, n_own - 1) * n
+        rest = lax.div(item, n_head)
+        return lax.div(rest, n_block), lax.rem(item, n_head), lax.rem(rest, n_block)
+
+    return n_own, place_of
+
+
+def n_program(n_item: int) -> int:
+    """Programs that share out so many items: one for each processor."""
+    return min(n_item, sizes.N_PROCESSOR)
 
 
 def prepare_rows(out: Any, code: Array, result: Array, total: Array) -> Array:

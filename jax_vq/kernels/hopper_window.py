@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from jax_vq.kernels import hopper, sizes
+from jax_vq.kernels import hopper
 from jax_vq.kernels import hopper_pieces as pieces
 from jax_vq.kernels.hopper_pieces import BLOCK, CHUNK, HALF
 from jax_vq.kernels.tiles import BF16, F32
@@ -46,9 +46,9 @@ def window_attention(
 
     batch, length, n_head = queries.codes.shape
     width, local_width, n_code = keys.v.shape[3], keys.k_local.shape[3], weight.shape[2]
-    n_program = min(batch * n_head * -(-length // BLOCK), sizes.N_PROCESSOR)
+    n_program = pieces.n_program(batch * n_head * -(-length // BLOCK))
     arrays = (
-        pieces.by_head(queries.codes, 0),
+        pieces.whole_blocks(queries.codes, 0),
         queries.q_local,
         keys.k_local,
         keys.v,
@@ -104,7 +104,7 @@ def _kernel(
     n_code: int,
     n_state: int,
 ) -> None:
-    """Every so many-th tile of queries. Heads run fastest: programs at work read what lies together.
+    """Every so many-th tile of queries, by `pieces.items_of`.
 
     A tile sees its older keys through codes, then the sinks, its own keys, and the window's before them. Keys
     go through slots in turn, and so do values and sums by code; every group counts what has gone through.
@@ -115,16 +115,13 @@ def _kernel(
     batch, n_head, n_token = query_ref.shape
     width, n_key_head, n_tile, n_chunk = out_ref.shape[3], k_ref.shape[2], n_token // BLOCK, n_code // CHUNK
     n_query_code, step_len = top_ref.shape[0] // n_head, math.gcd(form.block_len, form.mem_len)
-    n_item, scale = batch * n_head * n_tile, form.scale * LOG2_E
-    n_program = min(n_item, sizes.N_PROCESSOR)
-    program, group = lax.axis_index("program"), lax.axis_index("group")
-    n_own = lax.div(n_item - program + n_program - 1, n_program)
+    scale, group = form.scale * LOG2_E, lax.axis_index("group")
+    n_own, tile_of = pieces.items_of(batch, n_head, n_tile)
 
     def place_of(i: Any) -> tuple[Any, Any, Any]:
-        """Example, head and first token of the program's i-th item; the last one again after it."""
-        item = program + jnp.minimum(i, n_own - 1) * n_program
-        rest = lax.div(item, n_head)
-        return lax.div(rest, n_tile), lax.rem(item, n_head), lax.rem(rest, n_tile) * BLOCK
+        """Example, head and first token."""
+        example, head, tile = tile_of(i)
+        return example, head, tile * BLOCK
 
     def window_of(token: Any) -> tuple[Any, Any, Any]:
         """The first key of a tile's window, how many tiles are before this one, and 1 if older keys are."""

@@ -15,6 +15,7 @@ from jax_vq.kernels import exact_codes, hopper_codes, sizes
 from jax_vq.kernels.tiles import (
     F32,
     NARROW,
+    by_head,
     columns,
     dot,
     launch,
@@ -77,7 +78,7 @@ def finite_codes(vectors: Sequence[Array], codebooks: Sequence[Array]) -> tuple[
         found = exact_codes.of_all(vectors, codebooks)
     else:
         found = [_codes(*pair) for pair in pairs]
-    return tuple(jnp.swapaxes(codes, 1, 2) for codes in found)
+    return tuple(map(by_head, found))
 
 
 def _chunk(n_code: int) -> int:
