@@ -31,6 +31,8 @@ BRIEF_LEN = 2048  # tokens of a call that takes in all bits of up to 512 codes a
 CHUNKS = {
     "settle": (64, 128),
     "states": (64, 128),
+    "blocks": (64, 128),
+    "window": (64, 128),
     "grad_states": (64, 128),
     "grad_blocks": (32, 64),
 }  # of codes, where 128 are not the only choice
@@ -63,7 +65,7 @@ class Tried(NamedTuple):
 
 
 def candidates(kernel: str, n_code: int, width: int) -> list[Size]:
-    """Sizes worth trying, by kernel; those that do not fit a processor's memory fail to compile."""
+    """Sizes worth trying, and the one in use; those that do not fit a processor fail to compile."""
     wide = min(max(width, 16), 128)
     half = max(wide // 2, 16)
     choices = {
@@ -83,7 +85,10 @@ def candidates(kernel: str, n_code: int, width: int) -> list[Size]:
     }
     tiles, columns, warps, stages = choices[kernel]
     chunks = {min(n_code, chunk) for chunk in CHUNKS.get(kernel, (128,))}
-    return [Size(*size) for size in itertools.product(tiles, sorted(chunks), columns, warps, stages)]
+    found = [Size(*size) for size in itertools.product(tiles, sorted(chunks), columns, warps, stages)]
+    used = sizes.size_of(kernel, n_code)
+    used = used._replace(chunk=min(used.chunk, n_code), columns=min(used.columns, wide))
+    return found if used in found else [*found, used]
 
 
 def timer() -> Backend:

@@ -61,6 +61,12 @@ def test_times_of_a_cpu_are_not_installed(capsys: pytest.CaptureFixture[str]) ->
     assert "--install needs real times" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("row", sizes.read(sizes.PATH), ids=lambda row: f"{row.kernel}-{row.n_code}")
+def test_the_size_in_use_is_tried_once(row: sizes.Row) -> None:
+    """Else a worse one would take its place."""
+    assert tuning.candidates(row.kernel, row.n_code, 128).count(row.size) == 1
+
+
 def test_an_unknown_kernel_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "--quick", "--kernel", "codez"]) == 2
     assert "--kernel must be one of answer, blocks, causal, causal_float32, codes" in capsys.readouterr().err
