@@ -26,6 +26,7 @@ from vq_common.tolerances import TOLERANCES
 
 # Codes are a choice: two that are as near as rounding tells may change places.
 MAX_CHANGED = 1e-4
+NOISE = 1.02  # between times of one program
 CODES = "codes", "settle", "every_code"  # the kernels that find them
 BRIEF_LEN = 2048  # tokens of a call that takes in all bits of up to 512 codes at once
 CHUNKS = {
@@ -235,6 +236,14 @@ def _attempt(call: Call, size: Size, program: Any, target: Any, backend: Backend
         return Tried(size, None, wrong)
     times = backend.times(measure.Program(program), call.arrays).times_ms
     return Tried(size, measure.spread(times).ms_median)
+
+
+def chosen(call: Call, timed: list[Tried]) -> Tried:
+    """The fastest of sizes in the order of their times, or the one in use where that takes as long."""
+    used = sizes.size_of(call.kernel, call.n_code)
+    limit = NOISE * (timed[0].ms or 0)
+    same = (one for one in timed if one.size == used and one.ms is not None and one.ms <= limit)
+    return next(same, timed[0])
 
 
 def write(path: Path, rows: list[tuple[Row, float]], shape: Shape, kept: list[Row]) -> None:

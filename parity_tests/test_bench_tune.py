@@ -67,6 +67,14 @@ def test_the_size_in_use_is_tried_once(row: sizes.Row) -> None:
     assert tuning.candidates(row.kernel, row.n_code, 128).count(row.size) == 1
 
 
+def test_the_size_in_use_stays_where_another_is_hardly_faster() -> None:
+    call, used = tuning.Call("answer", 128, jnp.asarray, ()), sizes.size_of("answer", 128)
+    other = tuning.Tried(used._replace(tile=2 * used.tile), 1.0)
+    assert tuning.chosen(call, [other, tuning.Tried(used, 1.01)]).size == used
+    assert tuning.chosen(call, [other, tuning.Tried(used, 1.1)]) == other
+    assert tuning.chosen(call, [other]) == other
+
+
 def test_an_unknown_kernel_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "--quick", "--kernel", "codez"]) == 2
     assert "--kernel must be one of answer, blocks, causal, causal_float32, codes" in capsys.readouterr().err

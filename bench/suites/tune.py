@@ -12,8 +12,8 @@ from bench.progress import Progress
 HELP = "tile sizes of the GPU kernels"
 DESCRIPTION = (
     "Times every kernel at a few sizes of its tiles, for several numbers of codes, verifies that each gives "
-    "what the size in use gives, and writes the table of the fastest. With --install it replaces the one in "
-    "use."
+    "what the size in use gives, and writes the table of the fastest; the one in use stays unless another is "
+    "faster by more than times differ by chance. With --install it replaces the table in use."
 )
 CODES = (128, 512)
 SHAPE = {"length": 65_536, "n_head": 16, "width": 128}
@@ -94,7 +94,8 @@ def _tune(
                 is_wrong = True
                 progress.line(f"{name}: no size is right, the one in use is kept")
                 continue
-            found.append((tuning.Row(call.kernel, n_code, timed[0].size), timed[0].ms))
+            best = tuning.chosen(call, timed)
+            found.append((tuning.Row(call.kernel, n_code, best.size), best.ms))
             new = {(row.kernel, row.n_code) for row, _ in found}
             kept = [row for row in table if (row.kernel, row.n_code) not in new]
             tuning.write(path, found, shape, kept)
