@@ -9,7 +9,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jax_vq.kernels import hopper_sums, sizes
+from jax_vq.kernels import hopper_sorted, hopper_sums, sizes
 from jax_vq.kernels.tiles import (
     BF16,
     F32,
@@ -65,8 +65,9 @@ def segment_sums(
     batch, length, n_head, width = vectors.shape
     size = sizes.size_of(sizes.of_values("sums", vectors.dtype), n_code)
     n_padded, chunk = padded_codes(n_code)
-    if weights is None and hopper_sums.is_usable(n_padded, vectors, segment_len):
-        return Sums(*hopper_sums.segment_sums(codes, vectors, n_padded, segment_len))
+    for kernel in (hopper_sorted, hopper_sums):
+        if weights is None and kernel.is_usable(n_padded, vectors, segment_len):
+            return Sums(*kernel.segment_sums(codes, vectors, n_padded, segment_len))
     n_column = min(power_of_two(width), size.columns)
     n_segment = pl.cdiv(length, segment_len)
     run = launch(
