@@ -73,7 +73,7 @@ def candidates(kernel: str, n_code: int, width: int) -> list[Size]:
         "codes": ((64, 128, 256), (wide,), (4, 8), (2, 3, 4)),
         "settle": ((32, 64, 128), (wide,), (4, 8), (1, 2, 3)),
         "every_code": ((32, 64, 128), (wide,), (4, 8), (1, 2)),
-        "sums": ((64, 128), tuple({half, wide}), (4, 8), (2, 3, 4)),
+        "sums": ((128,), tuple({half, wide}), (4, 8), (2, 3, 4)),  # segments are whole blocks elsewhere
         "sums_float32": ((64, 128), tuple({half, wide}), (4, 8), (1, 2, 3)),
         "answer": ((32, 64, 128), (wide,), (4, 8), (1,)),
         "causal": ((64, 128), tuple({half, wide}), (4, 8), (1, 2, 3)),
@@ -82,7 +82,7 @@ def candidates(kernel: str, n_code: int, width: int) -> list[Size]:
         "blocks": ((64, 128), (wide,), (4, 8), (1, 2, 3)),
         "window": ((64, 128), (wide,), (4, 8), (1, 2, 3)),
         "grad_states": ((64, 128), tuple({half, wide}), (4, 8), (2, 3, 4)),
-        "grad_blocks": ((64, 128), (wide,), (4, 8), (1, 2, 3)),
+        "grad_blocks": ((128,), (wide,), (4, 8), (1, 2, 3)),  # of 64 twice as much is kept between kernels
     }
     tiles, columns, warps, stages = choices[kernel]
     chunks = {min(n_code, chunk) for chunk in CHUNKS.get(kernel, (128,))}
