@@ -288,6 +288,20 @@ def test_codes_that_float16_puts_in_another_order(n_between: int) -> None:
 
 
 @pytest.mark.usefixtures("n_tile")
+def test_codes_that_float16_puts_in_another_order_wherever_they_are() -> None:
+    """Such a pair of one thread and another, of one part of its codes and another; a head for each order."""
+    half, step = np.ones(8), 2.0**-10  # as above
+    good, bad = 1 + step * np.r_[0.45 * half, 0.45 * half], 1 + step * np.r_[0.55 * half, 0.3 * half]
+    places = [(3, 3 + n) for n in (1, 2, 8, 16, 56, 64, 72, 128, 129, 192)]
+    places += [place[::-1] for place in places]
+    codebook = np.tile(-good, (len(places), 300, 1))
+    for head, place in enumerate(places):
+        codebook[head, list(place)] = good, bad
+    found = codes_of(np.full((1, 100, len(places), 16), 3.0), codebook.astype(np.float32))
+    np.testing.assert_array_equal(found[0], np.tile([place[0] for place in places], (100, 1)))
+
+
+@pytest.mark.usefixtures("n_tile")
 def test_what_is_not_finite_has_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     x, codebook = rng.normal(size=(1, 190, 2, 16)), rng.normal(size=(2, 150, 16))

@@ -255,6 +255,29 @@ def with_local(inputs: Inputs) -> Inputs:
     return inputs._replace(**dict(zip(("q_local", "k_local"), local, strict=True)))
 
 
+@pytest.mark.parametrize("n_number", [20, 2**23])  # with many that tie, and few
+@pytest.mark.parametrize("n_code", [128, 512])
+def test_the_best_two_are_those_of_a_sort(n_code: int, n_number: int) -> None:
+    """Of every eighth code, on both sides of the middle; the code of the best where it is alone."""
+    rng = np.random.default_rng(n_code)
+    floor, shape = np.float32(2.0**9).view(np.int32), (40, n_code)
+    number = rng.integers((2**23 - n_number) // 2, (2**23 + n_number) // 2, shape, dtype=np.int32)
+    shift, low = jnp.int32(2**hopper_codes.N_BIT), jnp.full((40, 8), floor)
+    known = hopper_codes.Known.none(low, jnp.full((40, 8), hopper_codes.LEAST))
+    for k in range(0, n_code, 128):
+        known = known.merged(jnp.asarray(floor + number[:, k : k + 128]), k, low, shift)
+    best, second = (to_numpy(x) for x in known.best_two(shift))
+    by_lane = np.swapaxes(number.reshape(40, n_code // 8, 8), 1, 2)
+    ranked = np.sort(by_lane, axis=-1)
+    middle = 2**22
+    np.testing.assert_array_equal((best >> hopper_codes.N_BIT) + middle, ranked[..., -1])
+    np.testing.assert_array_equal((second >> hopper_codes.N_BIT) + middle, ranked[..., -2])
+    is_alone = ranked[..., -1] > ranked[..., -2]
+    assert is_alone.any()
+    code = (best & (2**hopper_codes.N_BIT - 1))[is_alone]
+    np.testing.assert_array_equal(code, 8 * np.argmax(by_lane, axis=-1)[is_alone])
+
+
 @pytest.mark.parametrize("length, n_code", [(128, 64), (136, 384), (256, 1024)])
 def test_codes_by_chunk_are_told_apart(length: int, n_code: int) -> None:
     """Each as its row of one chunk, others and tokens outside as none."""

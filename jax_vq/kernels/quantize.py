@@ -41,7 +41,7 @@ class Near(NamedTuple):
 
     book: Array  # [H, C, D] float16
     half: Array  # [H, C] float32, `|c|^2 / 2`
-    off: Array  # [2 * H] float32: how far a score is off at most, relative to |x| and besides
+    off: Array  # [3 * H] float32: how far a score is off, relative to |x| and besides; the largest |c|
 
     @classmethod
     def of(cls, codebook: Array, n_padded: int) -> "Near":
@@ -56,7 +56,7 @@ class Near(NamedTuple):
         relative = SQUARE_ERROR * (jnp.sqrt(rest) + ROUNDING * jnp.sqrt(most))
         besides = jnp.sqrt(width * most) * F16_STEP + ROUNDING * most
         half = jnp.where(jnp.arange(n_padded) < n_code, square / 2, UNUSED)
-        return cls(near.astype(jnp.float16), half, jnp.concatenate([relative, besides]))
+        return cls(near.astype(jnp.float16), half, jnp.concatenate([relative, besides, jnp.sqrt(most)]))
 
     def bias(self) -> Array:
         """`[H, NARROW, C]` bfloat16 that sum to `-|c|^2 / 2`."""
@@ -100,8 +100,7 @@ def _codes(x: Array, codebook: Array) -> Array:
     n_padded = pl.cdiv(n_code, chunk) * chunk
     near = Near.of(codebook, n_padded)
     if hopper_codes.is_usable(x, n_padded):
-        rounding = 2.0 ** ((chunk - 1).bit_length() - MANTISSA)
-        found = hopper_codes.first_codes(x, near.book, near.half, near.off, rounding)[:, :length]
+        found = hopper_codes.first_codes(x, *near)[:, :length]
     else:
         found = _first_codes(x, near, chunk)
     n_group = pl.cdiv(length, LIST_TILE)
