@@ -38,6 +38,7 @@ def launch(
     scratch: Any,
     *,
     by_thread: bool = False,
+    by_hand: bool = False,
 ) -> Callable[..., Any]:
     """A kernel as a function of its input arrays, made without 64-bit types.
 
@@ -45,6 +46,7 @@ def launch(
       body: takes references to the arrays, the results and `scratch`; the axes "program" and "group" tell
         which group of four warps it runs in.
       by_thread: lowered for single threads, as `hopper_pieces` are written for.
+      by_hand: likewise, with no barriers but those that `body` has.
     """
     from jax.experimental.mosaic import gpu as mgpu
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -54,7 +56,12 @@ def launch(
             body(*refs)
 
     lane = mgpu.LoweringSemantics.Lane
-    params = plgpu.CompilerParams(lowering_semantics=lane, approx_math=True, reduction_scratch_bytes=0)
+    params = plgpu.CompilerParams(
+        lowering_semantics=lane,
+        approx_math=True,
+        reduction_scratch_bytes=0,
+        unsafe_no_auto_barriers=by_hand,
+    )
     call = plgpu.kernel(
         run,
         out_type=out_shapes,
@@ -63,7 +70,7 @@ def launch(
         num_threads=n_group,
         thread_name="group",
         scratch_types=scratch,
-        compiler_params=params if by_thread else None,
+        compiler_params=params if by_thread or by_hand else None,
     )
     return without_64_bits("mosaic_gpu", call)
 

@@ -22,7 +22,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jax_vq.kernels import hopper_causal, hopper_causal_f32, sizes, vq_window
+from jax_vq.kernels import hopper_causal, hopper_causal_f32, hopper_causal_wide, sizes, vq_window
 from jax_vq.kernels.tiles import (
     F32,
     NARROW,
@@ -110,6 +110,8 @@ def causal_attention(
     first = first_sums(coded_of(state), n_padded)
     tables = Tables.of(books, n_padded, keys.v.dtype)
     run = _by_segments if n_padded == chunk else _by_blocks
+    if hopper_causal_wide.segment_len(queries.codes, keys.v, tables.weight):
+        run = _by_two_groups
     out, lse, sums = run(queries.codes, keys, tables, first)
     return out, lse, coded_after(coded_of(state), sums)
 
@@ -132,6 +134,23 @@ def _by_segments(query_codes: Array, keys: Keys, tables: Tables, first: Sums) ->
     else:
         results = _follow(arrays, size, padded_codes(n_code)[1], each)
     out, lse = _follow(arrays, size, padded_codes(n_code)[1], each, results)
+    return out, lse, sums
+
+
+def _by_two_groups(query_codes: Array, keys: Keys, tables: Tables, first: Sums) -> tuple[Array, Array, Sums]:
+    """Programs that follow a segment each, with sums of over 128 codes in the registers of two groups.
+
+    By blocks where a sum is not finite or a head has wide scores.
+    """
+    each = hopper_causal_wide.segment_len(query_codes, keys.v, tables.weight)
+    sums = segment_sums(keys.codes, keys.v, first.numbers.shape[3], each)
+    before, is_bad = before_segments(sums, first)
+    mode, coded = modes(tables, is_bad), (query_codes, keys.codes, keys.v)
+    out, lse = lax.cond(
+        jnp.any(mode > 0),
+        lambda: _by_blocks(query_codes, keys, tables, first)[:2],
+        lambda: hopper_causal_wide.follow(*coded, tables.weight, tables.top, before, mode, each),
+    )
     return out, lse, sums
 
 
