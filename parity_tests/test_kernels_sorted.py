@@ -124,7 +124,7 @@ def test_attention_is_that_with_other_sums(
 ) -> None:
     """Also with a value that is not finite."""
     rng = np.random.default_rng(1)
-    q, k, v = (to_jax(rng.normal(size=(2, 1024, 2, 128)), dtype) for _ in range(3))
+    q, k, v = (to_jax(rng.normal(size=(2, 4096, 2, 128)), dtype) for _ in range(3))
     v = v.at[0, 7, 1, 3].set(np.inf)
     books = [to_jax(rng.normal(size=(2, n_code, 128)), "float32") for _ in range(2)]
     kernel, calls = hopper_sorted.segment_sums, []

@@ -56,7 +56,8 @@ def follow(
     """Output and log-sum-exp of segments of mode 0; those of the others are left as they are.
 
     Args:
-      query_codes: int32 `[B, T, H]`; key_codes: `[B, T, K]`; v: `[B, T, K, V]`.
+      query_codes: int32 `[B, T, H]`; key_codes: `[B, T, K]`, others than 0 to C - 1 are nowhere; v:
+        `[B, T, K, V]`.
       weight: `[H, Cq, C]`, top: `[H, Cq]`, of `vq_tables.Tables`.
       before: of every segment of `segment_len` tokens.
       mode: int32 `[B, H, S]`.
@@ -229,6 +230,7 @@ def _kernel(
         single = plgpu.Layout.WG_STRIDED((n_code,), vec_size=1)
         at = example, key_head, segment
         number[...] = hopper.load(number_ref.at[at], single).astype(jnp.int32)
+        hopper_wide_fetch.clear_padding()(rows)
         plgpu.commit_smem()
         n_token = key_ref.shape[2]
         key_place, query_place = (

@@ -7,7 +7,7 @@ import numpy as np
 
 from jax_vq.kernels.hopper_barriers import scalar
 from jax_vq.kernels.hopper_pieces import CHUNK, HALF, integer, pointer
-from jax_vq.kernels.hopper_wide_pieces import N_KIND
+from jax_vq.kernels.hopper_wide_pieces import N_KIND, PADDING
 
 
 def read_codes() -> Any:
@@ -88,6 +88,25 @@ def fetch_rows(first: int) -> Any:
     return run
 
 
+def clear_padding() -> Any:
+    """Zeros behind the rows of `E` `[2, 64, C + PADDING]`: the weight of a key outside the table."""
+    from jax.experimental.mosaic.gpu import utils
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def run(_: Any, rows: Any) -> None:
+        pitch = 2 * ir.MemRefType(rows.type).shape[2]
+        thread = arith.remui(utils.thread_idx(), integer(128))  # of as many rows
+        at = arith.addi(arith.muli(thread, integer(pitch)), integer(pitch - 2 * PADDING))
+        void, ptx = ir.Type.parse("!llvm.void"), "st.shared.v4.b32 [$0], {$1, $1, $1, $1};"
+        llvm.inline_asm(void, [pointer(rows, at), integer(0)], ptx, "r,r", has_side_effects=True)
+        utils.warpgroup_barrier()
+
+    return run
+
+
 def write_codes() -> Any:
     """Codes of the keys of a tile, as groups take them, and counts before it in float32.
 
@@ -142,7 +161,8 @@ def write_codes() -> Any:
                 ptx = f"{{ .reg .b16 x; cvt.rn.bf16.f32 x, $1; {store} }}"
                 llvm.inline_asm(void, [address, value], ptx, "r,f", has_side_effects=True)
             ptx = f"st.shared.b16 [$0 + {2 * HALF * (N_KIND - 1)}], $1;"
-            twice = arith.trunci(i16, arith.shli(safe, integer(1)))
+            place = arith.select(is_here, code, integer(n_code))  # or the zeros behind a row
+            twice = arith.trunci(i16, arith.shli(place, integer(1)))
             llvm.inline_asm(void, [address, twice], ptx, "r,h", has_side_effects=True)
         utils.warpgroup_barrier()
 
