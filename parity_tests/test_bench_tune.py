@@ -65,6 +65,9 @@ def test_times_of_a_cpu_are_not_installed(capsys: pytest.CaptureFixture[str]) ->
 def test_the_size_in_use_is_tried_once(row: sizes.Row) -> None:
     """Else a worse one would take its place."""
     assert tuning.candidates(row.kernel, row.n_code, 128).count(row.size) == 1
+    other = row.size._replace(n_warp=16)
+    with sizes.trying(row.kernel, other):
+        assert tuning.candidates(row.kernel, row.n_code, 128).count(other) == 1
 
 
 def test_the_size_in_use_stays_where_another_is_hardly_faster() -> None:

@@ -29,6 +29,7 @@ on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="kernels run 
         (128, 16384, 192, "float32", 2112, False),
         (128, 16384, 32, "float32", 2112, False),
         (512, 16384, 128, "float16", 2048, False),
+        (16, 16384, 128, "float32", 2048, False),
     ],
 )
 def test_shapes(

@@ -12,8 +12,9 @@ import jax_vq
 from jax_vq.kernels import hopper, hopper_causal_wide, sizes, tiles, vq_causal, vq_sums
 from jax_vq.kernels.vq_tables import Tables
 from jax_vq.ops import implementations
-from jax_vq.ops.vq_blocks import Keys
-from jax_vq.ops.vq_causal import Books
+from jax_vq.ops.vq_blocks import Form, Keys
+from jax_vq.ops.vq_causal import Books, Queries
+from jax_vq.ops.vq_state import empty_state
 from parity_tests.support import assert_close, to_jax, to_numpy
 from vq_common import vq_oracle
 from vq_common.cases import Case, Inputs, case_inputs
@@ -107,6 +108,24 @@ def test_blocks_run_where_sums_are_not_finite_or_scores_wide(
     number = to_numpy(jnp.sum(sums.numbers, axis=(2, 3)))
     is_here = keys.codes < first.numbers.shape[3]
     np.testing.assert_array_equal(number, to_numpy(jnp.sum(is_here, axis=1)))
+
+
+@pytest.mark.parametrize("each", [0, 128])
+def test_it_is_chosen_where_it_can_run(each: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, keys, _, _ = arguments_of(140, 128, batch=1)
+    books = Books.of(*(jnp.ones((n, 140, 16)) for n in (4, 2)), None, 0.5)
+    state = empty_state(1, (2, 140), (16, 128), keys.v.dtype, 0, 0)
+    monkeypatch.setattr(hopper_causal_wide, "segment_len", lambda *_: each)
+    calls = []
+    for name in ("_by_two_groups", "_by_blocks"):
+
+        def run(*arguments: Any, name: str = name) -> Any:
+            calls.append(name)
+            return None, None, arguments[3]
+
+        monkeypatch.setattr(vq_causal, name, run)
+    vq_causal.causal_attention(Queries(None, query, None), keys, books, state, Form(0.5))
+    assert calls == ["_by_two_groups" if each else "_by_blocks"]
 
 
 @on_gpu
