@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jax_vq.kernels.tiles import is_interpreted, without_64_bits
 from jax_vq.ops.implementations import is_asked_for
@@ -73,6 +73,15 @@ def launch(
         compiler_params=params if by_thread or by_hand else None,
     )
     return without_64_bits("mosaic_gpu", call)
+
+
+def indices_of(place: Any, *sizes: int) -> tuple[Any, ...]:
+    """A number as indices of axes of these sizes, of which the first runs fastest, and of one more axis."""
+    found = []
+    for size in sizes:
+        found.append(lax.rem(place, size))
+        place = lax.div(place, size)
+    return *found, place
 
 
 def swizzle() -> tuple[Any, Any]:

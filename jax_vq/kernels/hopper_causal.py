@@ -105,8 +105,7 @@ def _kernel(
     length, n_head, width = out_ref.shape[1:]
     n_key_head, n_segment = v_ref.shape[2], mode_ref.shape[2]
     program, group = lax.axis_index("program"), lax.axis_index("group")
-    head, place = lax.rem(program, n_head), lax.div(program, n_head)
-    segment, example = lax.rem(place, n_segment), lax.div(place, n_segment)
+    head, segment, example = hopper.indices_of(program, n_head, n_segment)
     key_head = lax.div(head, n_head // n_key_head)
     first = segment * segment_len
     n_tile = lax.div(jnp.minimum(segment_len, length - first) + BLOCK - 1, BLOCK)

@@ -119,9 +119,7 @@ def _kernel(
     n_key_head, n_segment, n_code = v_ref.shape[2], mode_ref.shape[2], weight_ref.shape[1]
     n_chunk, n_column = n_code // CHUNK, width // HALF
     program, group = lax.axis_index("program"), lax.axis_index("group")
-    part, place = lax.rem(program, n_column), lax.div(program, n_column)
-    head, place = lax.rem(place, n_head), lax.div(place, n_head)
-    segment, example = lax.rem(place, n_segment), lax.div(place, n_segment)
+    part, head, segment, example = hopper.indices_of(program, n_column, n_head, n_segment)
     key_head = lax.div(head, n_head // n_key_head)
     first = segment * segment_len
     n_tile = lax.div(jnp.minimum(segment_len, length - first) + HALF - 1, HALF)
@@ -186,9 +184,8 @@ def _kernel(
             code, picked, near_parts = carry
             slot = slot_of(i)[0] + pieces.unknown_zero()()
             more = code_of(i + 1)
-            largest = pieces.pick()(
-                top_ref, jnp.maximum(code, 0) + head * n_query_code
-            )  # long before it is used
+            place = jnp.maximum(code, 0) + head * n_query_code
+            largest = pieces.pick()(top_ref, place)  # long before it is used
 
             def add(result: Any) -> Any:
                 parts = near_parts
@@ -233,10 +230,8 @@ def _kernel(
         hopper_wide_fetch.clear_padding()(rows)
         plgpu.commit_smem()
         n_token = key_ref.shape[2]
-        key_place, query_place = (
-            (example * n_key_head + key_head) * n_token,
-            (example * n_head + head) * n_token,
-        )
+        key_place = (example * n_key_head + key_head) * n_token
+        query_place = (example * n_head + head) * n_token
 
         def codes_of(i: Any) -> tuple[Array, Array]:
             start = first + jnp.minimum(i, n_tile - 1) * HALF

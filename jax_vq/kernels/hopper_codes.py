@@ -177,8 +177,7 @@ def _kernel(
     batch, _, n_head, width = x_ref.shape
     n_slot, n_chunk, n_tile = vectors.shape[0], book.shape[0], code_ref.shape[1] // ROWS
     program, group = lax.axis_index("program"), lax.axis_index("group")
-    head, example = lax.rem(program, n_head), lax.rem(lax.div(program, n_head), batch)
-    place = lax.div(program, n_head * batch)
+    head, example, place = hopper.indices_of(program, n_head, batch)
     first = lax.div(place * n_tile, n_program)
     n_own = lax.div((place + 1) * n_tile, n_program) - first
 

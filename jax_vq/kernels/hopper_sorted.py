@@ -102,12 +102,9 @@ def _kernel(
 
     single = plgpu.Layout.WG_STRIDED((BLOCK,), vec_size=1)
     n_head, n_segment, n_part, n_code, width = sum_ref.shape[1:]
-    batch, group = lax.axis_index("program"), lax.axis_index("group")
-    indices = []
-    for n in (pl.cdiv(width, COLUMNS), n_head, n_part, n_segment):
-        indices.append(lax.rem(batch, n))
-        batch = lax.div(batch, n)
-    column, head, part, segment = indices
+    program, group = lax.axis_index("program"), lax.axis_index("group")
+    sizes_of_axes = pl.cdiv(width, COLUMNS), n_head, n_part, n_segment
+    column, head, part, segment, batch = hopper.indices_of(program, *sizes_of_axes)
     first = segment * segment_len + part * part_len
     last = jnp.minimum(jnp.minimum(first + part_len, (segment + 1) * segment_len), vector_ref.shape[1])
     n_each = N_GROUP * N_AHEAD * BLOCK

@@ -120,9 +120,8 @@ def _kernel(
     n_block, n_code = number_ref.shape[2:]
     n_segment, n_chunk = last_ref.shape[2], n_part(n_code)
     program, group = lax.axis_index("program"), lax.axis_index("group")
-    first_code, place = lax.rem(program, n_chunk) * N_CODE, lax.div(program, n_chunk)
-    head, segment = lax.rem(place, n_head), lax.rem(lax.div(place, n_head), n_segment)
-    batch = lax.div(place, n_head * n_segment)
+    chunk, head, segment, batch = hopper.indices_of(program, n_chunk, n_head, n_segment)
+    first_code = chunk * N_CODE
     first = segment * each
     n_tile = jnp.minimum(each, pl.cdiv(length, TILE) - first)
 

@@ -78,9 +78,8 @@ def _kernel(
     n_segment, n_code = sum_ref.shape[2:4]
     program, group = lax.axis_index("program"), lax.axis_index("group")
     n_chunk = n_code // (2 * n_row)
-    first_code, program = lax.rem(program, n_chunk) * (2 * n_row), lax.div(program, n_chunk)
-    head, segment = lax.rem(program, n_head), lax.rem(lax.div(program, n_head), n_segment)
-    batch = lax.div(program, n_head * n_segment)
+    chunk, head, segment, batch = hopper.indices_of(program, n_chunk, n_head, n_segment)
+    first_code = chunk * (2 * n_row)
     first = segment * segment_len
     n_tile = lax.div(jnp.minimum(segment_len, length - first) + TILE - 1, TILE)
 

@@ -32,7 +32,6 @@ LIST_TILE, LIST_WARPS = 1024, 8  # codes of a tile that is looked through for op
 MANTISSA = 23  # bits of a float32 number
 ROUNDING = 2.0**-20  # of a sum that a tensor core adds up, more than it is off
 SQUARE_ERROR = 1.01  # of the root of a sum of bfloat16 squares, more than it is off
-F16_STEP = 2.0**-24  # between the least float16 numbers
 BRIEF = 2**19  # vectors times chunks of codes, up to which a float16 codebook gains nothing
 
 
@@ -54,7 +53,7 @@ class Near(NamedTuple):
         rest = jnp.max(jnp.where(jnp.isfinite(square), rest, jnp.inf), axis=-1)
         most = jnp.max(square, axis=-1)
         relative = SQUARE_ERROR * (jnp.sqrt(rest) + ROUNDING * jnp.sqrt(most))
-        besides = jnp.sqrt(width * most) * F16_STEP + ROUNDING * most
+        besides = jnp.sqrt(width * most) * hopper_codes.F16_STEP + ROUNDING * most
         half = jnp.where(jnp.arange(n_padded) < n_code, square / 2, UNUSED)
         return cls(near.astype(jnp.float16), half, jnp.concatenate([relative, besides, jnp.sqrt(most)]))
 
