@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bench import counting, extras, inputs, measure, registry, verify
+from bench import counting, extras, inputs, measure, registry, rows, verify
 from bench.decode import Decoder
 from bench.floor import Ceilings
 from bench.inputs import Store
@@ -175,6 +175,8 @@ class Worker:
         program = self._verified.pop(point, None)
         program = program or self.backend.compile(built.fn, arrays, point.direction)
         answer = self._time(program, arrays, max_bytes)
+        if answer["status"] == "ok":
+            answer |= self._compare_rows(point, program, arrays)
         if extras.ERRORS in self._extras and answer["status"] == "ok":
             answer |= extras.errors(self.backend, point, program, arrays)
         if self.job.layer is not None and answer["status"] == "ok":
@@ -187,6 +189,19 @@ class Worker:
             answer["quantize_ms"] = self._quantization_ms(point.mechanism, point.length) if is_timed else None
         self.backend.release()
         return answer | self._free()
+
+    def _compare_rows(self, point: Point, program: Program, arrays: tuple[Any, ...]) -> Answer:
+        """Refuse what is wrong at this length; not where memory is observed, of which this takes some."""
+        if point.direction == "bwd" or extras.OBSERVED in self._extras:
+            return {}
+        out = verify.named(point.direction, program.run(*program.arguments(arrays)))["out"]
+        of_mechanism = arrays[: len(registry.MECHANISMS[point.mechanism].arrays)]
+        error = rows.error(self.backend, point, self.job, out, of_mechanism)
+        if error is None or error <= verify.limit(self.job.dtype):
+            return {"row_error": error}
+        limit = f"limit {verify.limit(self.job.dtype):.0e}"
+        reason = f"refused: relative RMS error {error:.1e} of rows at this length to float64, {limit}"
+        return {"row_error": error, "status": "failed", "reason": reason}
 
     def _measure_step(self, point: Point, max_bytes: int) -> Answer:
         codebooks = _codebooks(point.mechanism)

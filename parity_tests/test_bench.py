@@ -415,6 +415,9 @@ def test_torch_meets_the_oracle_in_every_mechanism(tmp_path: Path, dtype: str, k
     (reason,) = {r["reason"] for r in of(tmp_path, status="skipped")}
     assert reason == "an exact window is of causal attention only"
     assert all(0 < r["oracle_error"] <= verify.limit(dtype) for r in found)
+    of_rows = {r["mechanism"]: r["row_error"] for r in found}
+    assert of_rows.pop("hyper") is None
+    assert all(0 < error <= verify.limit(dtype) for error in of_rows.values())
     assert all((r["quantize_ms"] is not None) == r["mechanism"].startswith("vq") for r in found)
     assert all(r["peak_bytes"] > 0 and r["ms_p20"] <= r["ms_median"] <= r["ms_p80"] for r in found)
 

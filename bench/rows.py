@@ -1,0 +1,121 @@
+"""Some rows of what is timed against their definition, in float64.
+
+Long sequences run other kernels than the short ones that `verify` compares as a whole; here a few
+queries are compared at the length itself. HyperAttention is left out: its rows depend on a sort of all keys.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench import registry, verify
+from bench.job import Job, Point, is_exact
+from vq_common import oracle
+
+N_ROW = 8  # queries of a head
+MAX_HEADS = 2  # the first of the first sequence and the last of the last
+MAX_PRODUCTS = 2**37  # of the distances to all codes; a head that needs more is not compared
+PIECE_BYTES = 2**26  # of distances held at once
+
+Array = NDArray[np.float64]
+Codes = NDArray[np.int64]
+
+
+class Head(NamedTuple):
+    """One head of one sequence."""
+
+    q: Array  # [T, D]
+    k: Array  # [T, D]
+    v: Array  # [T, V]
+    quantized: dict[
+        str, tuple[Array, Codes]
+    ]  # 'q', 'k': the codebook [C, D] and the codes [T] of the backend
+
+
+def error(backend: Any, point: Point, job: Job, out: Any, arrays: tuple[Any, ...]) -> float | None:
+    """Relative RMS error of some rows of `out [B, T, H, V]`; None where no row can be compared.
+
+    Args:
+      backend: an `on_jax.Backend` or `on_torch.Backend`.
+      arrays: those of the mechanism.
+    """
+    mechanism = registry.MECHANISMS[point.mechanism]
+    n_code = sum(job.codes_q if name == "q" else job.codes_k for name, _ in mechanism.quantized)
+    n_head = min(MAX_HEADS, MAX_PRODUCTS // max(point.length * n_code * job.width, 1))
+    if point.mechanism == "hyper" or not n_head:
+        return None
+    named = dict(zip(mechanism.arrays, arrays, strict=True))
+    codes = {name: backend.nearest_codes(named[name], named[book]) for name, book in mechanism.quantized}
+    found, expected = [], []
+    ends = dict.fromkeys([(0, 0), (job.batch - 1, job.heads - 1)])
+    for b, h in list(ends)[:n_head]:
+        q, k, v = (backend.numpy(named[name][b, :, h]) for name in registry.DIFFERENTIABLE)
+        quantized = {
+            name: (backend.numpy(named[book][h]), backend.numpy(codes[name][b, :, h]).astype(np.int64))
+            for name, book in mechanism.quantized
+        }
+        head = Head(q, k, v, quantized)
+        rows = _rows(head)
+        expected.append(definition(head, rows, point, job))
+        found.append(backend.numpy(out[b, :, h])[rows])
+    return verify.error(np.concatenate(found), np.concatenate(expected))
+
+
+def _rows(head: Head) -> NDArray[np.int64]:
+    """Queries, evenly spread, the last one included; one whose code is a tie gives way to another."""
+    length = len(head.q)
+    rows = np.unique(np.linspace(0, length - 1, min(4 * N_ROW, length)).astype(np.int64))
+    if "q" in head.quantized:
+        x, codebook = head.q[rows], head.quantized["q"][0]
+        gap = np.diff(np.sort(_distances(x, codebook), axis=1)[:, :2], axis=1)
+        is_clear = (gap > verify.TIE * (x**2).sum(1, keepdims=True)).all(1)
+        rows = rows[is_clear] if is_clear.any() else rows
+    return rows[:: -max(len(rows) // N_ROW, 1)][::-1]
+
+
+def definition(head: Head, rows: NDArray[np.int64], point: Point, job: Job) -> Array:
+    """Rows `[R, V]` of one softmax over coded and exact keys, `math.md` 2 and 3, with scale 1."""
+    q, q_hat, index = head.q[rows], head.q[rows], np.arange(len(head.k))
+    is_visible = (index <= rows[:, None]) | (not point.is_causal)
+    if "q" in head.quantized:
+        codebook, codes = head.quantized["q"]
+        q_hat = codebook[nearest_codes(q, codebook, codes[rows])]
+    if is_exact(point.mechanism):
+        score = q @ head.k.T
+    else:
+        mem_len, n_sink = job.window(point.mechanism)
+        start = (rows - rows % job.block_len - mem_len)[:, None]
+        is_near = (index < n_sink) | ((index >= start) & (mem_len > 0))
+        score = np.full(is_near.shape, -np.inf)
+        if "k" in head.quantized:
+            codebook, codes = head.quantized["k"]
+            score = (q_hat @ codebook.T)[:, nearest_codes(head.k, codebook, codes)]
+        else:
+            is_visible = is_visible & is_near
+        if is_near.any():
+            score = np.where(is_near, q @ head.k.T, score)
+    p, _ = oracle.probabilities(score, is_visible.astype(np.float64))
+    return p @ head.v
+
+
+def nearest_codes(x: Array, codebook: Array, codes: Codes) -> Codes:
+    """The nearest codes `[T]` of `x [T, D]`; where those of the backend are as near but for rounding, those.
+
+    Either code of a tie is right, and of many keys some are on one.
+    """
+    found = np.empty_like(codes)
+    piece = max(PIECE_BYTES // (8 * len(codebook)), 1)
+    for start in range(0, len(x), piece):
+        of = slice(start, start + piece)
+        distance = _distances(x[of], codebook)
+        nearest = distance.min(1)
+        own = np.take_along_axis(distance, codes[of, None], axis=1)[:, 0]
+        is_tie = own - nearest <= verify.TIE * (x[of] ** 2).sum(1)
+        found[of] = np.where(is_tie, codes[of], distance.argmin(1))
+    return found
+
+
+def _distances(x: Array, codebook: Array) -> Array:
+    """Half the squared distances `[T, C]`, less what all codes have in common."""
+    return (codebook**2).sum(1) / 2 - x @ codebook.T
