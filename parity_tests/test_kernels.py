@@ -149,7 +149,7 @@ def test_blocks_of_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """States that would take too much memory are further apart: what is between goes key by key."""
     monkeypatch.setattr(sizes, "MAX_STATE_BYTES", 2**14)
     inputs = inputs_of(q_len=601, n_head=1, n_code_q=150, n_code_k=139)
-    assert sizes.block_len(256, 601, 2 * inputs.v.shape[3]) == 256
+    assert sizes.block_len(256, 601, 2 * inputs.v.shape[3], sizes.MAX_STATE_BYTES) == 256
     assert_close(run(inputs), vq_oracle.vq_attention(*inputs[:5], is_causal=True), "bfloat16")
 
 

@@ -101,11 +101,18 @@ def test_blocks_run_where_sums_are_not_finite_or_scores_wide(
     ones = jnp.ones((*query.shape, keys.v.shape[3]), keys.v.dtype), jnp.ones(query.shape, jnp.float32)
     monkeypatch.setattr(hopper_causal_wide, "segment_len", lambda *_: 128)
     monkeypatch.setattr(hopper_causal_wide, "follow", lambda *_: ones)
-    monkeypatch.setattr(vq_causal, "_by_blocks", lambda *_: (*map(jnp.zeros_like, ones), None))
+    taken = []
+
+    def by_blocks(*_: Any, max_bytes: int) -> Any:
+        taken.append(max_bytes)
+        return *map(jnp.zeros_like, ones), None
+
+    monkeypatch.setattr(vq_causal, "_by_blocks", by_blocks)
     *found, sums = vq_causal._by_two_groups(query, keys, tables, first)
     for x in found:
         np.testing.assert_array_equal(to_numpy(x), np.full(x.shape, float(not is_by_blocks)))
     number = to_numpy(jnp.sum(sums.numbers, axis=(2, 3)))
+    assert set(taken) == {sizes.MAX_RARE_BYTES}
     is_here = keys.codes < first.numbers.shape[3]
     np.testing.assert_array_equal(number, to_numpy(jnp.sum(is_here, axis=1)))
 
@@ -119,7 +126,7 @@ def test_it_is_chosen_where_it_can_run(each: int, monkeypatch: pytest.MonkeyPatc
     calls = []
     for name in ("_by_two_groups", "_by_blocks"):
 
-        def run(*arguments: Any, name: str = name) -> Any:
+        def run(*arguments: Any, name: str = name, **_: int) -> Any:
             calls.append(name)
             return None, None, arguments[3]
 
@@ -137,7 +144,7 @@ def test_matches_triton(n_code: int, length: int, monkeypatch: pytest.MonkeyPatc
     assert hopper_causal_wide.segment_len(arguments[0], arguments[1].v, arguments[2].weight)
     results = [vq_causal._by_two_groups(*arguments)[:2]]
     monkeypatch.setattr(hopper, "is_usable", lambda length, width: False)
-    results.append(vq_causal._by_blocks(*arguments)[:2])
+    results.append(vq_causal._by_blocks(*arguments, max_bytes=sizes.MAX_STATE_BYTES)[:2])
     for found, expected in zip(*results, strict=True):
         found, expected = to_numpy(found), to_numpy(expected)
         np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))

@@ -13,6 +13,7 @@ MIN_VECTORS = 64  # that codes are found of: fewer fill no tile
 N_PROCESSOR = 132  # of an H200
 N_RESIDENT = 2 * N_PROCESSOR  # programs at once that keep a chunk of codes on the chip
 MAX_STATE_BYTES = 2**33
+MAX_RARE_BYTES = 2**29  # of states that are seldom computed: room for them is kept all the same
 MAX_TILES = 32  # of vectors that a program finds the codes of, with the codebook read once
 
 PATH = Path(__file__).with_name("sizes.json")
@@ -72,10 +73,10 @@ def trying(kernel: str, size: Size) -> Iterator[None]:
         del _TRIED[kernel]
 
 
-def block_len(n_code: int, n_vector: int, vector_bytes: int) -> int:
-    """Tokens between two states, which take at most `MAX_STATE_BYTES` for `n_vector` tokens and heads."""
+def block_len(n_code: int, n_vector: int, vector_bytes: int, max_bytes: int) -> int:
+    """Tokens between two states, which take at most so many bytes for `n_vector` tokens and heads."""
     block = max(size_of("states", n_code).tile, size_of("blocks", n_code).tile)
-    while n_vector * n_code * vector_bytes > MAX_STATE_BYTES * block:
+    while n_vector * n_code * vector_bytes > max_bytes * block:
         block *= 2
     return block
 

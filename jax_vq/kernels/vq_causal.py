@@ -109,7 +109,7 @@ def causal_attention(
     n_padded, chunk = padded_codes(books.k.shape[1])
     first = first_sums(coded_of(state), n_padded)
     tables = Tables.of(books, n_padded, keys.v.dtype)
-    run = _by_segments if n_padded == chunk else _by_blocks
+    run = _by_segments if n_padded == chunk else partial(_by_blocks, max_bytes=sizes.MAX_STATE_BYTES)
     if hopper_causal_wide.segment_len(queries.codes, keys.v, tables.weight):
         run = _by_two_groups
     out, lse, sums = run(queries.codes, keys, tables, first)
@@ -148,17 +148,19 @@ def _by_two_groups(query_codes: Array, keys: Keys, tables: Tables, first: Sums) 
     mode, coded = modes(tables, is_bad), (query_codes, keys.codes, keys.v)
     out, lse = lax.cond(
         jnp.any(mode > 0),
-        lambda: _by_blocks(query_codes, keys, tables, first)[:2],
+        lambda: _by_blocks(query_codes, keys, tables, first, max_bytes=sizes.MAX_RARE_BYTES)[:2],
         lambda: hopper_causal_wide.follow(*coded, tables.weight, tables.top, before, mode, each),
     )
     return out, lse, sums
 
 
-def _by_blocks(query_codes: Array, keys: Keys, tables: Tables, first: Sums) -> tuple[Array, Array, Sums]:
-    """The sums before each block through memory, then every tile of queries by itself."""
+def _by_blocks(
+    query_codes: Array, keys: Keys, tables: Tables, first: Sums, *, max_bytes: int
+) -> tuple[Array, Array, Sums]:
+    """The sums before each block through memory, `max_bytes` of it; then every tile of queries by itself."""
     batch, length, n_key_head, width = keys.v.shape
     n_code = first.numbers.shape[3]
-    block = sizes.block_len(n_code, batch * length * n_key_head, width * keys.v.dtype.itemsize)
+    block = sizes.block_len(n_code, batch * length * n_key_head, width * keys.v.dtype.itemsize, max_bytes)
     states, sums = block_states(keys.codes, keys.v, first, block)
     mode = modes(tables, jnp.any(~jnp.isfinite(sums.vectors), axis=-1).astype(jnp.int32))
     coded = query_codes, keys.codes, keys.v
