@@ -17,6 +17,7 @@ from jax_vq.kernels.hopper_pieces import (
     integer,
     pointer,
     sums_of_rows,
+    two_numbers,
 )
 from jax_vq.kernels.tiles import BF16, F32, HIGH_BITS
 from jax_vq.ops.numerics import N_PART
@@ -313,11 +314,9 @@ def far_sum() -> Any:
                     address = utils.getelementptr(start, [CHUNK_BYTES * p + 2 * TILE_BYTES * h], i8)
                     weight = llvm.load(words, address, alignment=N_AT_ONCE)
                     for n in range(4):
-                        bits = llvm.extractelement(weight, integer(n))
-                        pair = arith.shli(bits, integer(16)), arith.andi(bits, integer(int(HIGH_BITS)))
-                        for j, x in enumerate(pair):
+                        for j, x in enumerate(two_numbers(llvm.extractelement(weight, integer(n)))):
                             number = llvm.extractelement(count[n // 2], integer(2 * (n % 2) + j))
-                            sums[h][j] = llvm.intr_fma(arith.bitcast(f32, x), number, sums[h][j])
-        return sums_of_rows([arith.addf(*x) for x in sums])
+                            sums[h][j] = llvm.intr_fma(x, number, sums[h][j])
+        return sums_of_rows(sums)
 
     return run

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array, lax
 
 from jax_vq.kernels import hopper, sizes
-from jax_vq.kernels.tiles import BF16, F32, by_head
+from jax_vq.kernels.tiles import BF16, F32, HIGH_BITS, by_head
 
 HALF = 64  # rows of a product
 CHUNK = 128  # codes at once
@@ -125,14 +125,14 @@ def fragment(registers: Any, layout: Any, shape: tuple[int, ...]) -> Any:
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
-def sums_of_rows(parts: list[Any]) -> Any:
-    """Of a sum of each row by thread, those of four threads that share it."""
+def sums_of_rows(parts: list[list[Any]]) -> Any:
+    """The sums by row of their parts: a thread has two of each row, and four threads share it."""
     from jax.experimental.mosaic.gpu import fragmented_array, utils
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith, vector
 
     sums = np.empty(2, dtype=object)
-    for h, x in enumerate(parts):
+    for h, x in enumerate([arith.addf(*pair) for pair in parts]):
         for distance in (1, 2):
             x = arith.addf(x, utils.shfl_bfly(x, distance))
         sums[h] = vector.from_elements(ir.VectorType.get((1,), x.type), [x])
@@ -241,14 +241,10 @@ def pick() -> Any:
 
 
 def far_sum() -> Any:
-    """Weights of a chunk times counts, by row in float32: a few numbers at once, while products run.
-
-    Of counts in float32 or int32.
-    """
+    """Weights of a chunk times counts, by row in float32: a few numbers at once, while products run."""
     from jax.experimental.mosaic.gpu import utils
     from jax.experimental.pallas import mosaic_gpu as plgpu
     from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith, llvm
 
     wide, row = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
 
@@ -257,22 +253,41 @@ def far_sum() -> Any:
         return_type=plgpu.ShapeDtypeStruct((HALF,), F32, layout=row),
     )
     def run(_: Any, weight: Any, count_ref: Any) -> Any:
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        kind, zero = ir.MemRefType(count_ref.type).element_type, utils.c(0.0, f32)
-        pair = ir.VectorType.get((2,), kind)
-        start = arith.shli(arith.andi(utils.thread_idx(), integer(3)), integer(3))
-        registers, sums = weight.registers.reshape(-1), [[zero, zero], [zero, zero]]
-        for k in range(CHUNK // 8):
-            count = llvm.load(pair, pointer(count_ref, arith.addi(start, integer(32 * k))), alignment=8)
-            for h in range(2):
-                bits = utils.bitcast(registers[2 * k + h], i32)
-                for j, x in enumerate((arith.shli(bits, integer(16)), arith.andi(bits, integer(-(2**16))))):
-                    number = llvm.extractelement(count, integer(j))
-                    number = number if kind == f32 else arith.sitofp(f32, number)
-                    sums[h][j] = llvm.intr_fma(arith.bitcast(f32, x), number, sums[h][j])
-        return sums_of_rows([arith.addf(*x) for x in sums])
+        zero = utils.c(0.0, ir.F32Type.get())
+        return sums_of_rows(add_products([[zero, zero], [zero, zero]], weight, count_ref))
 
     return run
+
+
+def add_products(sums: list[list[Any]], weight: Any, count_ref: Any) -> list[list[Any]]:
+    """Two parts of sums of each row, with weights `[64, C]` times counts `[C]`, float32 or int32, added."""
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm
+
+    f32, kind = ir.F32Type.get(), ir.MemRefType(count_ref.type).element_type
+    pair = ir.VectorType.get((2,), kind)
+    start = arith.shli(arith.andi(utils.thread_idx(), integer(3)), integer(3))
+    sums = [[*parts] for parts in sums]
+    for k, words in enumerate(weight.registers.reshape(-1, 2)):
+        count = llvm.load(pair, pointer(count_ref, arith.addi(start, integer(32 * k))), alignment=8)
+        for h, word in enumerate(words):
+            for j, x in enumerate(two_numbers(word)):
+                number = llvm.extractelement(count, integer(j))
+                number = number if kind == f32 else arith.sitofp(f32, number)
+                sums[h][j] = llvm.intr_fma(x, number, sums[h][j])
+    return sums
+
+
+def two_numbers(word: Any) -> list[Any]:
+    """Two bfloat16 numbers in float32."""
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith
+
+    bits = utils.bitcast(word, ir.IntegerType.get_signless(32))
+    two = arith.shli(bits, integer(16)), arith.andi(bits, integer(int(HIGH_BITS)))
+    return [arith.bitcast(ir.F32Type.get(), x) for x in two]
 
 
 def near_weights(half: int) -> Any:
@@ -317,7 +332,7 @@ def near_weights(half: int) -> Any:
                 bits = llvm.inline_asm(i32, two[::-1], ptx, "=r,f,f", has_side_effects=False)
                 registers[2 * k + h] = utils.bitcast(bits, pair)
         picked = fragment(registers, fragmented_array.WGMMA_LAYOUT, shape)
-        return picked, sums_of_rows([arith.addf(*x) for x in sums])
+        return picked, sums_of_rows(sums)
 
     return run
 

@@ -10,7 +10,15 @@ import numpy as np
 
 from jax_vq.kernels import hopper
 from jax_vq.kernels.hopper_barriers import scalar
-from jax_vq.kernels.hopper_pieces import HALF, fragment, integer, pointer, sums_of_rows
+from jax_vq.kernels.hopper_pieces import (
+    HALF,
+    add_products,
+    fragment,
+    integer,
+    pointer,
+    sums_of_rows,
+    two_numbers,
+)
 from jax_vq.kernels.tiles import BF16, F32
 
 PADDING = 8  # entries behind a row
@@ -217,7 +225,7 @@ def pick_near() -> Any:
                     ptx = f"{{ .reg .pred p; setp.ge.s32 p, $2, {last}; mov.b16 $0, 0; @p {load} }}"
                     two.append(llvm.inline_asm(i16, [at[j], ahead], ptx, "=h,r,r", has_side_effects=True))
                 bits = llvm.inline_asm(i32, two, "mov.b32 $0, {$1, $2};", "=r,h,h", has_side_effects=False)
-                for j, x in enumerate(_two(bits)):
+                for j, x in enumerate(two_numbers(bits)):
                     sums[h][j] = arith.addf(sums[h][j], x)
                 registers[2 * k + h] = utils.bitcast(bits, pair)
         return fragment(registers, fragmented_array.WGMMA_LAYOUT, (HALF, HALF)), _as_parts(sums)
@@ -227,27 +235,13 @@ def pick_near() -> Any:
 
 def add_far() -> Any:
     """Parts of sums by row, and those of weights of 64 codes times counts in float32."""
-    from jax.experimental.mosaic.gpu import utils
     from jax.experimental.pallas import mosaic_gpu as plgpu
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith, llvm
 
     wide = plgpu.Layout.WGMMA
 
     @plgpu.inline_mgpu(arg_types=(wide, wide, plgpu.RefType()), return_type=_parts_type())
     def run(_: Any, parts: Any, weight: Any, counts: Any) -> Any:
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        pair = ir.VectorType.get((2,), f32)
-        start = arith.shli(_in_row(), integer(3))
-        registers, sums = weight.registers.reshape(-1), _numbers_of(parts)
-        for k in range(HALF // 8):
-            count = llvm.load(pair, pointer(counts, arith.addi(start, integer(32 * k))), alignment=8)
-            for h in range(2):
-                bits = utils.bitcast(registers[2 * k + h], i32)
-                for j, x in enumerate(_two(bits)):
-                    number = llvm.extractelement(count, integer(j))
-                    sums[h][j] = llvm.intr_fma(x, number, sums[h][j])
-        return _as_parts(sums)
+        return _as_parts(add_products(_numbers_of(parts), weight, counts))
 
     return run
 
@@ -255,7 +249,6 @@ def add_far() -> Any:
 def sums_of() -> Any:
     """The sums by row of their parts."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
-    from jaxlib.mlir.dialects import arith
 
     row = plgpu.Layout.WGMMA.reduce(1)
 
@@ -263,7 +256,7 @@ def sums_of() -> Any:
         arg_types=(plgpu.Layout.WGMMA,), return_type=plgpu.ShapeDtypeStruct((HALF,), F32, layout=row)
     )
     def run(_: Any, parts: Any) -> Any:
-        return sums_of_rows([arith.addf(*x) for x in _numbers_of(parts)])
+        return sums_of_rows(_numbers_of(parts))
 
     return run
 
@@ -289,14 +282,3 @@ def _as_parts(sums: list[list[Any]]) -> Any:
     for h, x in enumerate(sums):
         registers[h] = vector.from_elements(ir.VectorType.get((2,), ir.F32Type.get()), x)
     return fragment(registers, fragmented_array.WGMMA_LAYOUT, (HALF, 8))
-
-
-def _two(bits: Any) -> list[Any]:
-    """Two bfloat16 numbers in float32."""
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith
-
-    f32 = ir.F32Type.get()
-    return [
-        arith.bitcast(f32, x) for x in (arith.shli(bits, integer(16)), arith.andi(bits, integer(-(2**16))))
-    ]
