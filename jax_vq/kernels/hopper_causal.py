@@ -108,7 +108,7 @@ def _kernel(
     head, segment, example = hopper.indices_of(program, n_head, n_segment)
     key_head = lax.div(head, n_head // n_key_head)
     first = segment * segment_len
-    n_tile = lax.div(jnp.minimum(segment_len, length - first) + BLOCK - 1, BLOCK)
+    n_tile = pl.cdiv(jnp.minimum(segment_len, length - first), BLOCK)
     is_wanted = mode_ref[example, head, segment] == 0
 
     def tile_at(i: Any) -> Any:

@@ -253,7 +253,7 @@ def _kernel(
         def start_turns() -> None:
             _turn("arrive")(following)
 
-        @pl.loop(0, lax.div(n_own + N_GROUP - 1, N_GROUP))
+        @pl.loop(0, pl.cdiv(n_own, N_GROUP))
         def find_in_turn(i: Any) -> None:
             i = i * N_GROUP + group
             pl.when(i < n_own)(partial(find, i))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.experimental import pallas as pl
 
 from jax_vq.kernels import hopper, sizes
 from jax_vq.kernels.tiles import BF16, F32, HIGH_BITS, by_head
@@ -47,7 +48,7 @@ def items_of(n_example: int, n_head: int, n_block: int) -> tuple[Any, Callable[[
     """
     n_item = n_example * n_head * n_block
     n, program = n_program(n_item), lax.axis_index("program")
-    n_own = lax.div(n_item - program + n - 1, n)
+    n_own = pl.cdiv(n_item - program, n)
 
     def place_of(i: Any) -> tuple[Any, Any, Any]:
         item = program + jnp.minimum(i, n_own - 1) * n

@@ -108,7 +108,7 @@ def _kernel(
     first = segment * segment_len + part * part_len
     last = jnp.minimum(jnp.minimum(first + part_len, (segment + 1) * segment_len), vector_ref.shape[1])
     n_each = N_GROUP * N_AHEAD * BLOCK
-    n_round = lax.div(jnp.maximum(last - first, 0) + n_each - 1, n_each)
+    n_round = pl.cdiv(jnp.maximum(last - first, 0), n_each)
 
     def tokens(i: Any, k: int) -> Array:
         """A block of a round's: every group has `N_AHEAD` of them."""

@@ -81,7 +81,7 @@ def _kernel(
     chunk, head, segment, batch = hopper.indices_of(program, n_chunk, n_head, n_segment)
     first_code = chunk * (2 * n_row)
     first = segment * segment_len
-    n_tile = lax.div(jnp.minimum(segment_len, length - first) + TILE - 1, TILE)
+    n_tile = pl.cdiv(jnp.minimum(segment_len, length - first), TILE)
 
     @pl.when(group == 2)
     def fetch_all() -> None:
