@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jax_vq.kernels.hopper_pieces import integer, pointer
+from jax_vq.kernels.hopper_threads import integer, pointer
 
 WARPS = 4  # of a group
 

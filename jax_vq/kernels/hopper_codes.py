@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from jax_vq.kernels import hopper, sizes
-from jax_vq.kernels.hopper_pieces import integer
+from jax_vq.kernels.hopper_threads import integer
 from jax_vq.kernels.tiles import BF16, F32
 
 ROWS = 64  # vectors of a product

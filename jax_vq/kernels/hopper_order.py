@@ -10,7 +10,8 @@ by code, then by warp, then as they came. In shared memory there are
 from collections.abc import Callable
 from typing import Any
 
-from jax_vq.kernels.hopper_pieces import BLOCK, integer, pointer
+from jax_vq.kernels.hopper_pieces import BLOCK
+from jax_vq.kernels.hopper_threads import integer, pointer
 
 N_WARP = 16
 LANES = "0xffffffff"  # all of a warp

@@ -9,16 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_vq.kernels import hopper
-from jax_vq.kernels.hopper_pieces import (
-    BLOCK,
-    CHUNK,
-    HALF,
-    fragment,
-    integer,
-    pointer,
-    sums_of_rows,
-    two_numbers,
-)
+from jax_vq.kernels.hopper_pieces import BLOCK, CHUNK, HALF, fragment, sums_of_rows, two_numbers
+from jax_vq.kernels.hopper_threads import integer, pointer
 from jax_vq.kernels.tiles import BF16, F32, HIGH_BITS
 from jax_vq.ops.numerics import N_PART
 

@@ -14,6 +14,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from jax_vq.kernels import hopper, sizes
+from jax_vq.kernels.hopper_threads import first_row, in_row, integer, pointer
 from jax_vq.kernels.tiles import BF16, F32, HIGH_BITS, by_head
 
 HALF = 64  # rows of a product
@@ -102,22 +103,6 @@ def unknown_zero() -> Any:
     return run
 
 
-def integer(x: int) -> Any:
-    """A constant of 32 bits."""
-    from jax.experimental.mosaic.gpu import utils
-    from jaxlib.mlir import ir
-
-    return utils.c(x, ir.IntegerType.get_signless(32))
-
-
-def pointer(ref: Any, offset: Any) -> Any:
-    """A pointer so many bytes behind the start of an array."""
-    from jax.experimental.mosaic.gpu import utils
-    from jaxlib.mlir import ir
-
-    return utils.getelementptr(utils.memref_ptr(ref), [offset], ir.IntegerType.get_signless(8))
-
-
 def fragment(registers: Any, layout: Any, shape: tuple[int, ...]) -> Any:
     """A float array of registers."""
     from jax.experimental.mosaic import gpu as mgpu
@@ -199,8 +184,7 @@ def gather(c: int) -> Any:
         i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
         pair, four = ir.VectorType.get((2,), ir.BF16Type.get()), llvm.StructType.get_literal([i32] * 4)
         n_byte = 4 * ir.MemRefType(weight_ref.type).shape[1]
-        quarter = arith.andi(utils.thread_idx(), integer(3))
-        start = arith.extui(i64, arith.addi(arith.shli(quarter, integer(4)), integer(2 * CHUNK * c)))
+        start = arith.extui(i64, arith.addi(arith.shli(in_row(), integer(4)), integer(2 * CHUNK * c)))
         registers = np.empty(CHUNK // 4, dtype=object)
         for h, x in enumerate(rows.registers.reshape(-1)):
             at = arith.muli(arith.extui(i64, vector.extract(x, [], [0])), utils.c(n_byte, i64))
@@ -262,13 +246,11 @@ def far_sum() -> Any:
 
 def add_products(sums: list[list[Any]], weight: Any, count_ref: Any) -> list[list[Any]]:
     """Two parts of sums of each row, with weights `[64, C]` times counts `[C]`, float32 or int32, added."""
-    from jax.experimental.mosaic.gpu import utils
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith, llvm
 
     f32, kind = ir.F32Type.get(), ir.MemRefType(count_ref.type).element_type
-    pair = ir.VectorType.get((2,), kind)
-    start = arith.shli(arith.andi(utils.thread_idx(), integer(3)), integer(3))
+    pair, start = ir.VectorType.get((2,), kind), arith.shli(in_row(), integer(3))
     sums = [[*parts] for parts in sums]
     for k, words in enumerate(weight.registers.reshape(-1, 2)):
         count = llvm.load(pair, pointer(count_ref, arith.addi(start, integer(32 * k))), alignment=8)
@@ -314,9 +296,7 @@ def near_weights(half: int) -> Any:
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         pair, zero = ir.VectorType.get((2,), ir.BF16Type.get()), utils.c(0.0, f32)
         thread = arith.remui(utils.thread_idx(), integer(128))
-        lane, warp = arith.andi(thread, integer(31)), arith.shrui(thread, integer(5))
-        first_row = arith.addi(arith.shli(warp, integer(4)), arith.shrui(lane, integer(2)))
-        less = arith.subi(first_row, arith.shli(arith.andi(lane, integer(3)), integer(1)))
+        less = arith.subi(first_row(thread), arith.shli(arith.andi(thread, integer(3)), integer(1)))
         ahead = llvm.inline_asm(i32, [less], "mov.b32 $0, $1;", "=r,r", has_side_effects=True)
         sums = [[zero, zero], [zero, zero]]
         registers = np.empty(shape[1] // 4, dtype=object)
@@ -351,7 +331,7 @@ def limited(size: int) -> Any:
     def run(_: Any, score: Any, limit: Any) -> Any:
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         nan, least, infinite = (utils.c(x, f32) for x in (float("nan"), -float("inf"), float("inf")))
-        column = arith.shli(arith.andi(utils.thread_idx(), integer(3)), integer(1))
+        column = arith.shli(in_row(), integer(1))
         ahead = []
         for x in limit.registers.reshape(-1):
             less = arith.subi(vector.extract(x, [], [0]), column)

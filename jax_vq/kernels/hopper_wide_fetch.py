@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_vq.kernels.hopper_barriers import scalar
-from jax_vq.kernels.hopper_pieces import CHUNK, HALF, integer, pointer
+from jax_vq.kernels.hopper_pieces import CHUNK, HALF
+from jax_vq.kernels.hopper_threads import integer, pointer, row_of_thread
 from jax_vq.kernels.hopper_wide_pieces import N_KIND, PADDING
 
 
@@ -32,7 +33,7 @@ def read_codes() -> Any:
         thread, found = arith.remui(utils.thread_idx(), integer(128)), []
         for ref, place, own in (
             (keys, key_place, arith.andi(thread, integer(HALF - 1))),
-            (queries, query_place, _query_of_thread(thread)),
+            (queries, query_place, row_of_thread(thread)),
         ):
             at = arith.shli(arith.extui(i64, arith.addi(scalar(place), own)), utils.c(2, i64))
             ptx = "ld.global.b32 $0, [$1];"
@@ -43,14 +44,6 @@ def read_codes() -> Any:
         return tuple(found)
 
     return run
-
-
-def _query_of_thread(thread: Any) -> Any:
-    """Of the first 16 threads of a warp, and of the others once more."""
-    from jaxlib.mlir.dialects import arith
-
-    first = arith.shli(arith.shrui(thread, integer(5)), integer(4))
-    return arith.addi(first, arith.andi(thread, integer(15)))
 
 
 def fetch_rows(first: int) -> Any:
@@ -75,7 +68,7 @@ def fetch_rows(first: int) -> Any:
         is_query = arith.cmpi(arith.CmpIPredicate.ult, arith.andi(thread, integer(31)), integer(16))
         row = arith.addi(scalar(first_row), arith.maxsi(code, integer(0)))
         source = pointer(weight, arith.muli(arith.extui(i64, row), utils.c(2 * n_code, i64)))
-        place = arith.addi(arith.muli(slot, integer(HALF)), _query_of_thread(thread))
+        place = arith.addi(arith.muli(slot, integer(HALF)), row_of_thread(thread))
         target = pointer(rows, arith.muli(place, integer(pitch)))
         barrier = pointer(barriers, arith.addi(integer(8 * first), arith.shli(slot, integer(3))))
         with utils.when(is_query):

@@ -10,15 +10,8 @@ import numpy as np
 
 from jax_vq.kernels import hopper
 from jax_vq.kernels.hopper_barriers import scalar
-from jax_vq.kernels.hopper_pieces import (
-    HALF,
-    add_products,
-    fragment,
-    integer,
-    pointer,
-    sums_of_rows,
-    two_numbers,
-)
+from jax_vq.kernels.hopper_pieces import HALF, add_products, fragment, sums_of_rows, two_numbers
+from jax_vq.kernels.hopper_threads import first_row, in_row, integer, pointer, row_of_thread
 from jax_vq.kernels.tiles import BF16, F32
 
 PADDING = 8  # entries behind a row
@@ -28,7 +21,7 @@ N_KIND = 3  # of codes of a tile: those that each group adds up, and where a row
 def own_codes() -> Any:
     """The place of a thread's two rows among codes that a group adds up, twice each: `[64]` as pairs."""
     from jax.experimental.mosaic import gpu as mgpu
-    from jax.experimental.mosaic.gpu import fragmented_array
+    from jax.experimental.mosaic.gpu import fragmented_array, utils
     from jax.experimental.pallas import mosaic_gpu as plgpu
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith, llvm, vector
@@ -38,8 +31,8 @@ def own_codes() -> Any:
     @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((HALF,), jnp.int32, layout=row))
     def run(_: Any) -> Any:
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        registers = np.empty(2, dtype=object)
-        for h, own in enumerate(_rows_of_thread()):
+        first, registers = first_row(arith.remui(utils.thread_idx(), integer(128))), np.empty(2, dtype=object)
+        for h, own in enumerate((first, arith.addi(first, integer(8)))):
             number = arith.sitofp(f32, own)
             ptx = "cvt.rn.bf16x2.f32 $0, $1, $1;"
             pair: Any = llvm.inline_asm(i32, [number], ptx, "=r,f", has_side_effects=True)
@@ -49,25 +42,6 @@ def own_codes() -> Any:
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
 
     return run
-
-
-def _rows_of_thread() -> list[Any]:
-    """Of a product: two, eight apart."""
-    from jax.experimental.mosaic.gpu import utils
-    from jaxlib.mlir.dialects import arith
-
-    thread = arith.remui(utils.thread_idx(), integer(128))
-    lane, warp = arith.andi(thread, integer(31)), arith.shrui(thread, integer(5))
-    row = arith.addi(arith.shli(warp, integer(4)), arith.shrui(lane, integer(2)))
-    return [row, arith.addi(row, integer(8))]
-
-
-def _in_row() -> Any:
-    """Which one of the four threads that share a row."""
-    from jax.experimental.mosaic.gpu import utils
-    from jaxlib.mlir.dialects import arith
-
-    return arith.andi(utils.thread_idx(), integer(3))
 
 
 def _eight_words(address: Any) -> list[Any]:
@@ -104,7 +78,7 @@ def one_hot(group: int, c: int) -> Any:
         i32 = ir.IntegerType.get_signless(32)
         pair = ir.VectorType.get((2,), ir.BF16Type.get())
         start = arith.addi(arith.muli(scalar(slot), integer(2 * HALF * N_KIND)), integer(2 * HALF * group))
-        words = _eight_words(pointer(codes, arith.addi(start, arith.shli(_in_row(), integer(5)))))
+        words = _eight_words(pointer(codes, arith.addi(start, arith.shli(in_row(), integer(5)))))
         chunk_start = int(np.float32(HALF * c).view(np.uint32)) >> 16  # in bfloat16
         registers = np.empty(HALF // 4, dtype=object)
         for h, x in enumerate(own.registers.reshape(-1)):
@@ -121,7 +95,7 @@ def one_hot(group: int, c: int) -> Any:
     return run
 
 
-def store_state(first_row: int) -> Any:
+def store_state(start_row: int) -> Any:
     """Sums `[64, 64]` in bfloat16 to rows of shared memory, from one on: 16 bytes a thread."""
     from jax.experimental.mosaic.gpu import utils
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -132,8 +106,7 @@ def store_state(first_row: int) -> Any:
     def run(_: Any, state: Any, total: Any) -> None:
         i32, void = ir.IntegerType.get_signless(32), ir.Type.parse("!llvm.void")
         thread = arith.remui(utils.thread_idx(), integer(128))
-        lane, warp = arith.andi(thread, integer(31)), arith.shrui(thread, integer(5))
-        row = arith.addi(arith.shli(warp, integer(4)), arith.andi(lane, integer(15)))
+        lane, row = arith.andi(thread, integer(31)), row_of_thread(thread)
         unit = arith.xori(arith.shrui(lane, integer(4)), arith.andi(lane, integer(7)))  # swizzled
         start = arith.addi(arith.shli(row, integer(7)), arith.shli(unit, integer(4)))
         registers = total.registers.reshape(-1)
@@ -145,7 +118,7 @@ def store_state(first_row: int) -> Any:
                 ptx = "cvt.rn.bf16x2.f32 $0, $1, $2;"
                 words.append(llvm.inline_asm(i32, two[::-1], ptx, "=r,f,f", has_side_effects=False))
             address = pointer(state, arith.xori(start, integer(32 * i)))
-            ptx = f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0 + {128 * first_row}], {{$1, $2, $3, $4}};"
+            ptx = f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0 + {128 * start_row}], {{$1, $2, $3, $4}};"
             llvm.inline_asm(void, [address, *words], ptx, "r,r,r,r,r", has_side_effects=True)
 
     return run
@@ -170,8 +143,7 @@ def read_rows(c: int) -> Any:
         pair = ir.VectorType.get((2,), ir.BF16Type.get())
         pitch = 2 * ir.MemRefType(rows.type).shape[2]
         thread = arith.remui(utils.thread_idx(), integer(128))
-        lane, warp = arith.andi(thread, integer(31)), arith.shrui(thread, integer(5))
-        row = arith.addi(arith.shli(warp, integer(4)), arith.andi(lane, integer(15)))
+        lane, row = arith.andi(thread, integer(31)), row_of_thread(thread)
         start = arith.addi(arith.muli(scalar(slot), integer(HALF * pitch)), arith.muli(row, integer(pitch)))
         address = pointer(rows, arith.addi(start, arith.shli(arith.shrui(lane, integer(4)), integer(4))))
         registers = np.empty(HALF // 4, dtype=object)
@@ -207,11 +179,11 @@ def pick_near() -> Any:
         pair, zero = ir.VectorType.get((2,), ir.BF16Type.get()), utils.c(0.0, f32)
         pitch, slot = 2 * ir.MemRefType(rows.type).shape[2], scalar(slot)
         start = arith.addi(arith.muli(slot, integer(2 * HALF * N_KIND)), integer(2 * HALF * (N_KIND - 1)))
-        words = _eight_words(pointer(codes, arith.addi(start, arith.shli(_in_row(), integer(5)))))
-        first_row = _rows_of_thread()[0]
-        less = arith.subi(first_row, arith.shli(_in_row(), integer(1)))
+        words = _eight_words(pointer(codes, arith.addi(start, arith.shli(in_row(), integer(5)))))
+        row = first_row(arith.remui(utils.thread_idx(), integer(128)))
+        less = arith.subi(row, arith.shli(in_row(), integer(1)))
         ahead: Any = llvm.inline_asm(i32, [less], "mov.b32 $0, $1;", "=r,r", has_side_effects=True)
-        offset = arith.addi(arith.muli(slot, integer(HALF * pitch)), arith.muli(first_row, integer(pitch)))
+        offset = arith.addi(arith.muli(slot, integer(HALF * pitch)), arith.muli(row, integer(pitch)))
         base = llvm.ptrtoint(i32, pointer(rows, offset))
         sums, registers = [[zero, zero], [zero, zero]], np.empty(HALF // 4, dtype=object)
         for k, word in enumerate(words):
