@@ -248,6 +248,33 @@ def inputs_of(dtype: str = "bfloat16", **sizes: Any) -> Inputs:
     return case_inputs(Case(name="hopper", **{"batch": 2, "is_causal": True} | sizes), dtype)
 
 
+def arguments_of(
+    n_code: int,
+    length: int,
+    dtype: str = "bfloat16",
+    *,
+    batch: int = 2,
+    width: int = 128,
+    spread: float = 1.0,
+) -> tuple[jax.Array, Keys, Tables, vq_sums.Sums]:
+    """Queries without a code and keys outside the table, with sums before."""
+    rng = np.random.default_rng(0)
+    n_head, n_key_head, n_padded = 4, 2, vq_sums.padded_codes(n_code)[0]
+    query = rng.integers(0, n_code, (batch, length, n_head)).astype(np.int32)
+    key = rng.integers(0, n_code + 20, (batch, length, n_key_head)).astype(np.int32)
+    query[0, 7, 3] = query[-1, -1, 0] = -1
+    value = rng.normal(size=(batch, length, n_key_head, width))
+    books = [rng.normal(size=(n, n_code, 16)) for n in (n_head, n_key_head)]
+    books[0][1] *= spread
+    tables = Tables.of(
+        Books.of(*(to_jax(x, "float32") for x in books), None, 0.5), n_padded, jnp.dtype(dtype)
+    )
+    shape = batch, n_key_head, 1, n_padded
+    sums = rng.normal(size=(*shape, width)), rng.integers(1, 9, shape).astype(float)
+    first = vq_sums.Sums(*(to_jax(x, "float32") for x in sums))
+    return jnp.asarray(query), Keys(jnp.asarray(key), to_jax(value, dtype), None, None), tables, first
+
+
 def with_local(inputs: Inputs) -> Inputs:
     """Vectors of exact scores that are not q and k, of their width."""
     rng = np.random.default_rng(1)
@@ -454,23 +481,12 @@ def test_float32_attention_matches_the_oracle(length: int, width: int, n_code: i
 @pytest.mark.usefixtures("n_segment")
 def test_float32_attention_is_that_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where codes are missing or not in the table, and a value is not finite; with sums before, and lse."""
-    rng = np.random.default_rng(0)
-    (batch, length, n_head, n_key_head, width), n_code = (2, 1000, 4, 2, 256), 120
-    query = rng.integers(0, n_code, (batch, length, n_head)).astype(np.int32)
-    key = rng.integers(0, n_code + 20, (batch, length, n_key_head)).astype(np.int32)
-    query[0, 7, 3] = query[1, 999, 0] = -1
-    value = rng.normal(size=(batch, length, n_key_head, width))
-    value[1, 700, 1, 5] = np.nan
-    book_q, book_k = (to_jax(rng.normal(size=(n, n_code, 16)), "float32") for n in (n_head, n_key_head))
-    tables = Tables.of(Books.of(book_q, book_k, None, 0.5), 128, jnp.float32)
-    shape = batch, n_key_head, 1, 128
-    sums = rng.normal(size=(*shape, width)), rng.integers(1, 9, shape).astype(float)
-    first = vq_sums.Sums(*(to_jax(x, "float32") for x in sums))
-    keys = Keys(jnp.asarray(key), to_jax(value, "float32"), None, None)
+    query, keys, *rest = arguments_of(120, 1000, "float32", width=256)
+    keys = keys._replace(v=keys.v.at[1, 700, 1, 5].set(jnp.nan))
     results = []
     for fits in (hopper.fits, lambda length, width: False):
         monkeypatch.setattr(hopper, "is_usable", fits)
-        results.append(vq_causal._by_segments(jnp.asarray(query), keys, tables, first)[:2])
+        results.append(vq_causal._by_segments(query, keys, *rest)[:2])
     for found, expected in zip(*results, strict=True):
         found, expected = to_numpy(found), to_numpy(expected)
         assert not np.isnan(expected).all()

@@ -9,18 +9,15 @@ import numpy as np
 import pytest
 
 import jax_vq
-from jax_vq.kernels import hopper, hopper_causal_wide, sizes, tiles, vq_causal, vq_sums
-from jax_vq.kernels.vq_tables import Tables
+from jax_vq.kernels import hopper, hopper_causal_wide, tiles, vq_causal
 from jax_vq.ops import implementations
-from jax_vq.ops.vq_blocks import Form, Keys
+from jax_vq.ops.vq_blocks import Form
 from jax_vq.ops.vq_causal import Books, Queries
 from jax_vq.ops.vq_state import empty_state
 from parity_tests.support import assert_close, to_jax, to_numpy
+from parity_tests.test_kernels_hopper import arguments_of, n_segment, on_gpu  # noqa: F401
 from vq_common import vq_oracle
 from vq_common.cases import Case, Inputs, case_inputs
-
-ON_GPU = jax.default_backend() == "gpu"
-on_gpu = pytest.mark.skipif(not ON_GPU, reason="kernels run there")
 
 
 @pytest.fixture
@@ -31,13 +28,6 @@ def for_short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     jax.clear_caches()
     yield
     jax.clear_caches()
-
-
-@pytest.fixture(params=[1, 2])
-def n_segment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sizes, "n_segment", lambda length, n_row, tile: request.param)
-    n: int = request.param
-    return n
 
 
 @pytest.mark.parametrize(
@@ -64,29 +54,6 @@ def test_shapes(
     shapes: Any = (1, length, n_head), (1, length, 1, width), (n_head, 100, n_code)
     codes, v, weight = map(jax.ShapeDtypeStruct, shapes, (jnp.int32, jnp.bfloat16, jnp.bfloat16))
     assert hopper_causal_wide.segment_len(codes, v, weight) == expected
-
-
-def arguments_of(
-    n_code: int, length: int, *, batch: int = 2, spread: float = 1.0
-) -> tuple[Any, Keys, Tables, vq_sums.Sums]:
-    """Queries without a code and keys outside the table, with sums before."""
-    rng = np.random.default_rng(0)
-    n_head, n_key_head, width = 4, 2, 128
-    query = rng.integers(0, n_code, (batch, length, n_head)).astype(np.int32)
-    key = rng.integers(0, n_code + 20, (batch, length, n_key_head)).astype(np.int32)
-    query[0, 7, 3] = query[-1, -1, 0] = -1
-    value = rng.normal(size=(batch, length, n_key_head, width))
-    books = [rng.normal(size=(n, n_code, 16)) for n in (n_head, n_key_head)]
-    books[0][1] *= spread
-    tables = Tables.of(
-        Books.of(*(to_jax(x, "float32") for x in books), None, 0.5),
-        vq_sums.padded_codes(n_code)[0],
-        jnp.bfloat16,
-    )
-    shape = batch, n_key_head, 1, vq_sums.padded_codes(n_code)[0]
-    sums = rng.normal(size=(*shape, width)), rng.integers(1, 9, shape).astype(float)
-    first = vq_sums.Sums(*(to_jax(x, "float32") for x in sums))
-    return jnp.asarray(query), Keys(jnp.asarray(key), to_jax(value, "bfloat16"), None, None), tables, first
 
 
 @pytest.mark.parametrize(
