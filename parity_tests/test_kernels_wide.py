@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jax_vq
-from jax_vq.kernels import hopper, hopper_causal_wide, tiles, vq_causal
+from jax_vq.kernels import hopper, hopper_causal_wide, sizes, tiles, vq_causal
 from jax_vq.ops import implementations
 from jax_vq.ops.vq_blocks import Form
 from jax_vq.ops.vq_causal import Books, Queries
