@@ -78,7 +78,7 @@ KEYS = {
     "gradients; null without one",
     "verified_length": "those tokens",
     "row_error": "relative RMS error of a few rows of the output to float64, at the length that is timed; "
-    "null where no output is timed, of HyperAttention, and where it is not compared (see bench.rows)",
+    "null where no output is timed, of HyperAttention, and where that takes long (see bench.rows)",
     "config_hash": "changes with any setting that can change the figures, see bench.job.Job",
     "commit": "of this project; '+dirty' with local changes; VQ_COMMIT of the environment goes first",
     "versions": "'name=version' of Python and the packages",

@@ -4,6 +4,7 @@ Long sequences run other kernels than the short ones that `verify` compares as a
 queries are compared at the length itself. HyperAttention is left out: its rows depend on a sort of all keys.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,69 +24,77 @@ Codes = NDArray[np.int64]
 
 
 class Head(NamedTuple):
-    """One head of one sequence."""
+    """One head of one sequence, with the queries that are compared."""
 
-    q: Array  # [T, D]
+    rows: NDArray[np.int64]  # [R]
+    q: Array  # [R, D]
     k: Array  # [T, D]
     v: Array  # [T, V]
-    quantized: dict[
-        str, tuple[Array, Codes]
-    ]  # 'q', 'k': the codebook [C, D] and the codes [T] of the backend
+    # 'q', 'k': codebook [C, D], and the codes [R] or [T] of the backend
+    quantized: dict[str, tuple[Array, Codes]]
 
 
-def error(backend: Any, point: Point, job: Job, out: Any, arrays: tuple[Any, ...]) -> float | None:
-    """Relative RMS error of some rows of `out [B, T, H, V]`; None where no row can be compared.
+def heads(point: Point, job: Job) -> list[tuple[int, int]]:
+    """The sequences and heads of which rows are compared; none where that is too much work."""
+    mechanism = registry.MECHANISMS[point.mechanism]
+    if point.mechanism == "hyper" or point.direction == "bwd":
+        return []
+    n_code = sum(job.codes_q if name == "q" else job.codes_k for name, _ in mechanism.quantized)
+    n_head = MAX_PRODUCTS // max(point.length * n_code * job.width, 1)
+    ends = dict.fromkeys([(0, 0), (job.batch - 1, job.heads - 1)])
+    return list(ends)[:n_head]
+
+
+def error(backend: Any, point: Point, job: Job, out: Any, arrays: tuple[Any, ...]) -> float:
+    """Relative RMS error of some rows of `out [B, T, H, V]`, of `heads`.
 
     Args:
       backend: an `on_jax.Backend` or `on_torch.Backend`.
       arrays: those of the mechanism.
     """
     mechanism = registry.MECHANISMS[point.mechanism]
-    n_code = sum(job.codes_q if name == "q" else job.codes_k for name, _ in mechanism.quantized)
-    n_head = min(MAX_HEADS, MAX_PRODUCTS // max(point.length * n_code * job.width, 1))
-    if point.mechanism == "hyper" or not n_head:
-        return None
     named = dict(zip(mechanism.arrays, arrays, strict=True))
     codes = {name: backend.nearest_codes(named[name], named[book]) for name, book in mechanism.quantized}
+    books = {name: backend.numpy(named[book]) for name, book in mechanism.quantized}
     found, expected = [], []
-    ends = dict.fromkeys([(0, 0), (job.batch - 1, job.heads - 1)])
-    for b, h in list(ends)[:n_head]:
-        q, k, v = (backend.numpy(named[name][b, :, h]) for name in registry.DIFFERENTIABLE)
+    for b, h in heads(point, job):
+        q, k, v = (named[name][b, :, h] for name in registry.DIFFERENTIABLE)
+        rows = spread(backend.numpy, q, books["q"][h] if "q" in books else None)
+        at = {"q": rows, "k": slice(None)}
         quantized = {
-            name: (backend.numpy(named[book][h]), backend.numpy(codes[name][b, :, h]).astype(np.int64))
-            for name, book in mechanism.quantized
+            name: (books[name][h], backend.numpy(codes[name][b, :, h]).astype(np.int64)[at[name]])
+            for name in books
         }
-        head = Head(q, k, v, quantized)
-        rows = _rows(head)
-        expected.append(definition(head, rows, point, job))
-        found.append(backend.numpy(out[b, :, h])[rows])
+        head = Head(rows, backend.numpy(q[rows]), backend.numpy(k), backend.numpy(v), quantized)
+        expected.append(definition(head, point, job))
+        found.append(backend.numpy(out[b, rows, h]))
     return verify.error(np.concatenate(found), np.concatenate(expected))
 
 
-def _rows(head: Head) -> NDArray[np.int64]:
-    """Queries, evenly spread, the last one included; one whose code is a tie gives way to another."""
-    length = len(head.q)
+def spread(numpy: Callable[[Any], Array], q: Any, codebook: Array | None) -> NDArray[np.int64]:
+    """Queries of `q [T, D]`, evenly spread, the last one included; one whose code is a tie gives way."""
+    length = q.shape[0]
     rows = np.unique(np.linspace(0, length - 1, min(4 * N_ROW, length)).astype(np.int64))
-    if "q" in head.quantized:
-        x, codebook = head.q[rows], head.quantized["q"][0]
+    if codebook is not None:
+        x = numpy(q[rows])
         gap = np.diff(np.sort(_distances(x, codebook), axis=1)[:, :2], axis=1)
         is_clear = (gap > verify.TIE * (x**2).sum(1, keepdims=True)).all(1)
         rows = rows[is_clear] if is_clear.any() else rows
-    return rows[:: -max(len(rows) // N_ROW, 1)][::-1]
+    return rows[:: -max(len(rows) // N_ROW, 1)][::-1].copy()
 
 
-def definition(head: Head, rows: NDArray[np.int64], point: Point, job: Job) -> Array:
+def definition(head: Head, point: Point, job: Job) -> Array:
     """Rows `[R, V]` of one softmax over coded and exact keys, `math.md` 2 and 3, with scale 1."""
-    q, q_hat, index = head.q[rows], head.q[rows], np.arange(len(head.k))
-    is_visible = (index <= rows[:, None]) | (not point.is_causal)
+    rows, index, q_hat = head.rows[:, None], np.arange(len(head.k)), head.q
+    is_visible = (index <= rows) | (not point.is_causal)
     if "q" in head.quantized:
         codebook, codes = head.quantized["q"]
-        q_hat = codebook[nearest_codes(q, codebook, codes[rows])]
+        q_hat = codebook[nearest_codes(head.q, codebook, codes)]
     if is_exact(point.mechanism):
-        score = q @ head.k.T
+        score = head.q @ head.k.T
     else:
         mem_len, n_sink = job.window(point.mechanism)
-        start = (rows - rows % job.block_len - mem_len)[:, None]
+        start = rows - rows % job.block_len - mem_len
         is_near = (index < n_sink) | ((index >= start) & (mem_len > 0))
         score = np.full(is_near.shape, -np.inf)
         if "k" in head.quantized:
@@ -94,7 +103,7 @@ def definition(head: Head, rows: NDArray[np.int64], point: Point, job: Job) -> A
         else:
             is_visible = is_visible & is_near
         if is_near.any():
-            score = np.where(is_near, q @ head.k.T, score)
+            score = np.where(is_near, head.q @ head.k.T, score)
     p, _ = oracle.probabilities(score, is_visible.astype(np.float64))
     return p @ head.v
 

@@ -70,10 +70,21 @@ def test_no_row_is_compared_where_memory_is_observed(tmp_path: Path, backend: st
     assert all(r["row_error"] is None for r in found)
 
 
-def test_of_a_large_codebook_no_row_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    job, point = small_job(), Point("vq_qk", True, 64)
-    monkeypatch.setattr(rows, "MAX_PRODUCTS", 64 * (job.codes_q + job.codes_k) * job.width - 1)
-    assert rows.error(None, point, job, None, ()) is None
+def test_no_row_is_compared_where_a_call_or_the_definition_takes_long(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    job = small_job(max_repeat_s=0.0)
+    asked = options(tmp_path, job=job, mechanisms=("vq_qk",), bench=BenchConfig(lengths=(65,)))
+    assert runner.run(asked, InProcess) == 0
+    assert [r["row_error"] for r in of(tmp_path, status="ok")] == [None]
+
+
+def test_heads_are_the_first_and_the_last_as_far_as_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    job, point = small_job(batch=3), Point("vq_qk", True, 64)
+    a_head = 64 * (job.codes_q + job.codes_k) * job.width
+    for n_product, expected in ((2 * a_head, [(0, 0), (2, 1)]), (a_head, [(0, 0)]), (a_head - 1, [])):
+        monkeypatch.setattr(rows, "MAX_PRODUCTS", n_product)
+        assert rows.heads(point, job) == expected
+    assert rows.heads(Point("exact", True, 2**20), small_job(heads=1)) == [(0, 0)]
 
 
 def test_of_a_tie_the_backend_chooses_and_of_nothing_else() -> None:
@@ -88,10 +99,9 @@ def test_queries_are_spread_and_none_is_on_a_tie() -> None:
     q = np.tile([[1.0, 0]], (1000, 1))
     q[500:] = [[0, 1]]
     q[-1] = [-1, 0]
-    head = rows.Head(q, q, q, {"q": (codebook, np.zeros(1000, np.int64))})
-    picked = rows._rows(head)
+    picked = rows.spread(np.asarray, q, codebook)
     assert picked[0] < 100
     assert picked[-1] == 999
     assert (picked[:-1] < 500).all()
     assert rows.N_ROW <= len(picked) < 2 * rows.N_ROW
-    assert rows._rows(head._replace(quantized={})).tolist()[-2] > 800
+    assert rows.spread(np.asarray, q, None)[-2] > 800
