@@ -15,7 +15,6 @@ from bench.job import Job, Point, is_exact
 from vq_common import oracle
 
 N_ROW = 8  # queries of a head
-MAX_HEADS = 2  # the first of the first sequence and the last of the last
 MAX_PRODUCTS = 2**37  # of the distances to all codes; a head that needs more is not compared
 PIECE_BYTES = 2**26  # of distances held at once
 
@@ -35,7 +34,7 @@ class Head(NamedTuple):
 
 
 def heads(point: Point, job: Job) -> list[tuple[int, int]]:
-    """The sequences and heads of which rows are compared; none where that is too much work."""
+    """The first sequence and head and the last, as far as that is not too much work."""
     mechanism = registry.MECHANISMS[point.mechanism]
     if point.mechanism == "hyper" or point.direction == "bwd":
         return []
