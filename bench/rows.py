@@ -76,8 +76,8 @@ def spread(numpy: Callable[[Any], Array], q: Any, codebook: Array | None) -> NDA
     rows = np.unique(np.linspace(0, length - 1, min(4 * N_ROW, length)).astype(np.int64))
     if codebook is not None:
         x = numpy(q[rows])
-        gap = np.diff(np.sort(_distances(x, codebook), axis=1)[:, :2], axis=1)
-        is_clear = (gap > verify.TIE * (x**2).sum(1, keepdims=True)).all(1)
+        gap = verify.code_gap(x[None, :, None], codebook[None])[0, :, 0]
+        is_clear = gap > verify.TIE * (x**2).sum(1)
         rows = rows[is_clear] if is_clear.any() else rows
     return rows[:: -max(len(rows) // N_ROW, 1)][::-1].copy()
 
@@ -89,20 +89,17 @@ def definition(head: Head, point: Point, job: Job) -> Array:
     if "q" in head.quantized:
         codebook, codes = head.quantized["q"]
         q_hat = codebook[nearest_codes(head.q, codebook, codes)]
-    if is_exact(point.mechanism):
-        score = head.q @ head.k.T
+    mem_len, n_sink = job.window(point.mechanism)
+    start = rows - rows % job.block_len - mem_len
+    is_near = (index < n_sink) | ((index >= start) & (mem_len > 0)) | is_exact(point.mechanism)
+    score = np.full(is_near.shape, -np.inf)
+    if "k" in head.quantized:
+        codebook, codes = head.quantized["k"]
+        score = (q_hat @ codebook.T)[:, nearest_codes(head.k, codebook, codes)]
     else:
-        mem_len, n_sink = job.window(point.mechanism)
-        start = rows - rows % job.block_len - mem_len
-        is_near = (index < n_sink) | ((index >= start) & (mem_len > 0))
-        score = np.full(is_near.shape, -np.inf)
-        if "k" in head.quantized:
-            codebook, codes = head.quantized["k"]
-            score = (q_hat @ codebook.T)[:, nearest_codes(head.k, codebook, codes)]
-        else:
-            is_visible = is_visible & is_near
-        if is_near.any():
-            score = np.where(is_near, head.q @ head.k.T, score)
+        is_visible = is_visible & is_near
+    if is_near.any():
+        score = np.where(is_near, head.q @ head.k.T, score)
     p, _ = oracle.probabilities(score, is_visible.astype(np.float64))
     return p @ head.v
 

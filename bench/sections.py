@@ -104,8 +104,7 @@ def _points(group: Group, curves: Sequence[Curve]) -> str:
     head = ["mechanism", "backend", "variant", "kernel", "tokens", "codes", "ms (p20 ... p80)"]
     head += ["times faster than exact", "finding codes, ms", "dispatch, ms", "floor, ms", "floor / time"]
     head += ["GB/s", "of copy", "TFLOP/s", "of matmul", "peak, MiB", "compiler's temporaries, MiB"]
-    head += ["observed, MiB", "state, bytes", "error of q", "error of k", "error to exact"]
-    head += ["error of rows"]
+    head += ["observed, MiB", "state, bytes", "error of q", "error of k", "error to exact", "error of rows"]
     points = [(curve, record) for curve in curves for record in curve.points.values()]
     rows = [[curve.mechanism, curve.backend, curve.variant, *_cells(group, r)] for curve, r in points]
     return markdown.filled(head, rows)
@@ -130,8 +129,8 @@ def _cells(group: Group, r: Record) -> list[str]:
         markdown.percent(_over(rate, r["matmul_tflop_s"])),
         *(markdown.mebibytes(r[key]) for key in ("peak_bytes", "temp_bytes", "observed_bytes")),
         markdown.count(r["state_bytes"]),
-        *(markdown.error(r[key]) for key in ("quantize_error_q", "quantize_error_k", "exact_error")),
-        markdown.error(r["row_error"]),
+        *(markdown.error(r[key]) for key in ("quantize_error_q", "quantize_error_k")),
+        *(markdown.error(r[key]) for key in ("exact_error", "row_error")),
     ]
 
 

@@ -62,7 +62,7 @@ def clear_source(x: Array, codebook: Array, directions: Array) -> NDArray[np.int
     follows is then another result, not a rounding error.
     """
     size = np.linalg.norm(x, axis=-1)
-    is_tie = _code_gap(x, codebook) <= TIE * size**2
+    is_tie = code_gap(x, codebook) <= TIE * size**2
     product = np.abs(np.einsum("bthd,hpd->bthp", x, directions)) / np.linalg.norm(directions, axis=-1)
     is_tie |= (product <= TIE * size[..., None]).any(-1)
     index = np.arange(x.shape[1])[None, :, None]
@@ -72,7 +72,7 @@ def clear_source(x: Array, codebook: Array, directions: Array) -> NDArray[np.int
     return source
 
 
-def _code_gap(x: Array, codebook: Array) -> Array:
+def code_gap(x: Array, codebook: Array) -> Array:
     """`oracle.code_gap` by pieces of time; two equal codes are no tie, both give one result."""
     codebook = np.stack([_without_copies(codes) for codes in codebook])
     piece = max(2**24 // (x.shape[0] * codebook.size), 1)

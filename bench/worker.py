@@ -176,12 +176,7 @@ class Worker:
         program = program or self.backend.compile(built.fn, arrays, point.direction)
         answer = self._time(program, arrays, max_bytes)
         if answer["status"] == "ok":
-            answer |= self._compare_rows(point, program, arrays, answer["ms_median"])
-        if extras.ERRORS in self._extras and answer["status"] == "ok":
-            answer |= extras.errors(self.backend, point, program, arrays)
-        if self.job.layer is not None and answer["status"] == "ok":
-            answer["out"] = f"whole_{self.backend.name}"
-            self.store.write(answer["out"], self.backend.numpy(program.run(*program.arguments(arrays))))
+            answer |= self._look_at_output(point, program, arrays, answer["ms_median"])
         del program, arrays
         if answer["status"] == "ok":
             answer["implementation"] = built.implementation
@@ -190,22 +185,33 @@ class Worker:
         self.backend.release()
         return answer | self._free()
 
-    def _compare_rows(self, point: Point, program: Program, arrays: tuple[Any, ...], ms: float) -> Answer:
-        """Refuse what is wrong at this length, where one more call of so many milliseconds is not much.
+    def _look_at_output(self, point: Point, program: Program, arrays: tuple[Any, ...], ms: float) -> Answer:
+        """What is asked for of the output, by one more call of so many ms; refused where rows are wrong.
 
-        Not where memory is observed, of which this takes some.
+        Rows are not compared where that call takes long for them alone, nor where memory is observed,
+        of which this takes some.
         """
-        is_long = ms > 1e3 * self.job.max_repeat_s
-        if is_long or extras.OBSERVED in self._extras or not rows.heads(point, self.job):
+        has_rows = ms <= 1e3 * self.job.max_repeat_s and extras.OBSERVED not in self._extras
+        has_rows = has_rows and bool(rows.heads(point, self.job))
+        has_errors, has_file = extras.ERRORS in self._extras, self.job.layer is not None
+        if not (has_rows or has_errors or has_file):
             return {}
         out = verify.named(point.direction, program.run(*program.arguments(arrays)))["out"]
         of_mechanism = arrays[: len(registry.MECHANISMS[point.mechanism].arrays)]
-        error = rows.error(self.backend, point, self.job, out, of_mechanism)
-        if error <= verify.limit(self.job.dtype):
-            return {"row_error": error}
-        limit = f"limit {verify.limit(self.job.dtype):.0e}"
-        reason = f"refused: relative RMS error {error:.1e} of rows at this length to float64, {limit}"
-        return {"row_error": error, "status": "failed", "reason": reason}
+        found: Answer = {}
+        if has_rows:
+            error = rows.error(self.backend, point, self.job, out, of_mechanism)
+            found["row_error"] = error
+            if error > verify.limit(self.job.dtype):
+                limit = f"limit {verify.limit(self.job.dtype):.0e}"
+                reason = f"refused: relative RMS error {error:.1e} of rows at this length to float64, {limit}"
+                return found | {"status": "failed", "reason": reason}
+        if has_errors:
+            found |= extras.errors(self.backend, point, out, of_mechanism)
+        if has_file:
+            found["out"] = f"whole_{self.backend.name}"
+            self.store.write(found["out"], self.backend.numpy(out))
+        return found
 
     def _measure_step(self, point: Point, max_bytes: int) -> Answer:
         codebooks = _codebooks(point.mechanism)
